@@ -1,0 +1,167 @@
+"""The bank: for every unit and method the order in which channels go, for every option its additive harm.
+
+Edited weights are not stored: they are a pure function of the moments and the kept inputs (`mend`), which is exact also
+where several units share a consumer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from autoprune.bank.calibrate import CalibrationSettings, LayerStatistics, calibrate
+from autoprune.bank.views import unit_view
+from autoprune.core.space import Space
+from autoprune.core.unit import Option
+from autoprune.methods import method
+from autoprune.methods.base import Consumer, Method, Need, UnitView
+from autoprune.methods.compensate import least_squares, reconstruction_error
+from autoprune.model.discover import Anatomy
+from autoprune.progress import Progress
+
+Harms = list[NDArray[np.float64]]
+"""One array for each unit of a space, (options,): additive harm, zero for the option that keeps everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bank:
+    """What calibration gave. `orders[unit][method]` is (width,): the first goes first."""
+
+    statistics: Mapping[str, LayerStatistics]
+    orders: Mapping[str, Mapping[str, Tensor]]
+    norms: Mapping[str, str]
+
+    def kept(self, unit: str, option: Option) -> Tensor:
+        """The channels that stay, ascending."""
+        order = self.orders[unit][option.method]
+        return order[len(order) - option.keep :].sort().values
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationData:
+    """Batches of inputs and of classes (labels, or the dense model's answers), samples first."""
+
+    batches: tuple[Tensor, ...]
+    targets: tuple[Tensor, ...]
+
+
+def observe(
+    model: nn.Module, anatomy: Anatomy, data: CalibrationData, *, settings: CalibrationSettings, progress: Progress
+) -> dict[str, LayerStatistics]:
+    """The one calibration pass: statistics of every layer that reads a unit, and of what each block adds last."""
+    layers = dict.fromkeys(member.layer for group in anatomy.groups for member in group.on("in"))
+    return calibrate(
+        model, tuple(layers), batches=data.batches, targets=data.targets, settings=settings, progress=progress
+    )
+
+
+def rank(
+    model: nn.Module, anatomy: Anatomy, statistics: Mapping[str, LayerStatistics], *, norms: Mapping[str, str],
+    methods: Sequence[str], targets: Tensor, seed: int, progress: Progress,
+) -> dict[str, dict[str, Tensor]]:  # fmt: skip
+    """Removal orders of every channel unit by every method."""
+    criteria: dict[str, Method] = {name: method(name) for name in methods}
+    needs: set[Need] = {need for criterion in criteria.values() for need in criterion.needs}
+    progress.phase("bank", len(anatomy.groups))
+    orders: dict[str, dict[str, Tensor]] = {}
+    for index, group in enumerate(anatomy.groups):
+        view = unit_view(group, model, statistics, norms=norms, needs=needs, targets=targets)
+        generator = torch.Generator().manual_seed(seed * 104729 + index)
+        orders[group.root] = {
+            name: criterion.removal_order(_without_moments(view, criterion), generator)
+            for name, criterion in criteria.items()
+            if "moments" not in criterion.needs or all(c.moments is not None for c in view.consumers)
+        }
+        progress.step()
+    return orders
+
+
+def _without_moments(view: UnitView, criterion: Method) -> UnitView:
+    """A method sees what it asked for and no more, so that its `needs` are honest."""
+    consumers = view.consumers
+    if "moments" not in criterion.needs:
+        consumers = tuple(Consumer(c.name, c.weight, None, c.scale) for c in consumers)
+    return UnitView(
+        view.name, view.width, view.producers, view.norm_scales, consumers,
+        view.activity if "activity" in criterion.needs else None,
+        view.taylor if "gradients" in criterion.needs else None,
+    )  # fmt: skip
+
+
+def local_harms(space: Space, bank: Bank, model: nn.Module, *, anatomy: Anatomy) -> dict[str, Harms]:
+    """Two priors from calibration alone, for every option of `space`.
+
+    `reconstruction`: squared error of the consumers' outputs over their dense energy, summed over consumers (a dropped
+    block loses all of its last layer's output: 1). `second_order`: the same error weighted by the Fisher information of
+    each output (the second-order Taylor term of the loss with a diagonal Hessian).
+    """
+    empty = torch.zeros(1, dtype=torch.int64)
+    harms: dict[str, Harms] = {"reconstruction": [], "second_order": []}
+    for entry in space.entries:
+        local = np.zeros((2, len(entry.options)))
+        if entry.unit.kind == "channels":
+            view = unit_view(
+                anatomy.group(entry.unit.name), model, bank.statistics, norms=bank.norms, needs={"moments"}, targets=empty
+            )
+            fishers = [bank.statistics[c.name].output_fisher for c in view.consumers]
+            means = [_mean_square(bank.statistics[c.name]) for c in view.consumers]
+            for index, option in enumerate(entry.options[1:], start=1):
+                kept = bank.kept(entry.unit.name, option)
+                local[:, index] = _errors(view, fishers, option=option, kept=kept, fallback=means)
+        else:
+            last = _last_layer(entry.unit.layers, bank)
+            local[:, 1:] = np.array([[1.0], [_whole(last, bank, model) if last else 1.0]])
+        harms["reconstruction"].append(local[0])
+        harms["second_order"].append(local[1])
+    return harms
+
+
+def _mean_square(statistics: LayerStatistics) -> float:
+    return float(statistics.diagonal.mean())
+
+
+def _errors(
+    view: UnitView, fishers: Sequence[Tensor], *, option: Option, kept: Tensor, fallback: Sequence[float]
+) -> tuple[float, float]:
+    """Relative and Fisher-weighted squared error of all consumers when `kept` channels stay."""
+    relative = weighted = 0.0
+    for consumer, fisher, mean_square in zip(view.consumers, fishers, fallback, strict=True):
+        outputs, width, each = consumer.weight.shape
+        matrix = consumer.weight.reshape(outputs, width * each)
+        columns = (kept[:, None] * each + torch.arange(each)).flatten()
+        if consumer.moments is None:  # too wide for moments: inputs taken as independent and alike
+            gone = torch.ones(width * each, dtype=torch.bool)
+            gone[columns] = False
+            error, energy = matrix[:, gone].square().sum(1) * mean_square, matrix.square().sum(1) * mean_square
+        else:
+            plain = option.compensate == "none"
+            new = matrix[:, columns] if plain else least_squares(matrix, consumer.moments, columns)
+            error = reconstruction_error(matrix, consumer.moments, columns, new)
+            energy = ((matrix @ consumer.moments) * matrix).sum(1)
+        relative += float((error * consumer.scale**2).sum() / (energy * consumer.scale**2).sum().clamp_min(1e-30))
+        weighted += float((error * fisher).sum())
+    return max(relative, 0.0), max(weighted, 0.0)
+
+
+def _last_layer(layers: Sequence[str], bank: Bank) -> str | None:
+    """The last layer of a block whose inputs calibration saw."""
+    return next((layer for layer in reversed(layers) if layer in bank.statistics), None)
+
+
+def _whole(layer: str, bank: Bank, model: nn.Module) -> float:
+    """Second-order harm of losing a layer's whole output."""
+    statistics = bank.statistics[layer]
+    if statistics.second is None:
+        return 1.0
+    from_weights = model.get_submodule(layer).weight
+    assert isinstance(from_weights, Tensor)
+    matrix = from_weights.detach().double().flatten(1)
+    if matrix.shape[1] != len(statistics.second):
+        return 1.0
+    energy = ((matrix @ statistics.second) * matrix).sum(1)
+    return float((energy * statistics.output_fisher).sum())

@@ -1,0 +1,49 @@
+"""The input columns of a layer: what each row of its weight matrix is multiplied with, at sampled positions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from autoprune.model.coupling import CONVOLUTIONS
+
+
+def columns(layer: nn.Module, inputs: Tensor) -> int:
+    """How many inputs each output of `layer` could read: channels times kernel area, or features."""
+    if isinstance(layer, CONVOLUTIONS):
+        return int(layer.in_channels * torch.tensor(layer.kernel_size).prod())
+    return int(inputs.shape[-1])
+
+
+def positions_of(layer: nn.Module, output: Tensor) -> int:
+    """Output positions of one sample."""
+    if isinstance(layer, CONVOLUTIONS):
+        return output[0, 0].numel()
+    return output[0].numel() // output.shape[-1]
+
+
+def sampled_patches(layer: nn.Module, inputs: Tensor, chosen: Tensor) -> Tensor:
+    """Input columns (samples * chosen, columns) of `layer` at flat output positions `chosen`, channel-major.
+
+    `inputs` is (N, C, ...) for a convolution and (N, ..., features) for a linear layer.
+    """
+    if not isinstance(layer, CONVOLUTIONS):
+        return inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])[:, chosen].reshape(-1, inputs.shape[-1])
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    windows = functional.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
+    space = windows.ndim - 2
+    for axis in range(space):
+        reach = (layer.kernel_size[axis] - 1) * layer.dilation[axis] + 1
+        windows = windows.unfold(2 + axis, reach, layer.stride[axis])
+    places = torch.unravel_index(chosen, windows.shape[2 : 2 + space])
+    picked = windows[(slice(None), slice(None), *places)]  # (N, C, chosen, reach...)
+    picked = picked[(..., *(slice(None, None, step) for step in layer.dilation))]
+    return picked.transpose(1, 2).reshape(picked.shape[0] * len(chosen), -1)
+
+
+def sampled_outputs(layer: nn.Module, output: Tensor, chosen: Tensor) -> Tensor:
+    """`output` of `layer` at flat positions `chosen`, (samples * chosen, outputs)."""
+    if isinstance(layer, CONVOLUTIONS):
+        return output.flatten(2)[:, :, chosen].transpose(1, 2).reshape(-1, output.shape[1])
+    return output.reshape(output.shape[0], -1, output.shape[-1])[:, chosen].reshape(-1, output.shape[-1])

@@ -1,0 +1,110 @@
+"""From statistics to what a method may see: one view a unit, in float64, with weights laid out by channel."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from autoprune.bank.calibrate import LayerStatistics
+from autoprune.methods.base import Activity, Consumer, Need, UnitView
+from autoprune.model.coupling import CONVOLUTIONS, NORMS, Group, Member, is_depthwise
+from autoprune.model.flow import norm_scale
+
+
+def input_matrix(layer: nn.Module) -> Tensor:
+    """A layer's weight as (outputs, inputs * kernel area), channel-major, float64; zeros across groups."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    weight = weight.detach().double().flatten(2) if weight.ndim > 2 else weight.detach().double()[:, :, None]
+    if not isinstance(layer, CONVOLUTIONS) or layer.groups == 1:
+        return weight.flatten(1)
+    outputs, inputs, area = weight.shape
+    full = torch.zeros(outputs, layer.groups, inputs, area, dtype=torch.float64)
+    rows = torch.arange(outputs)
+    full[rows, rows // (outputs // layer.groups)] = weight
+    return full.flatten(1)
+
+
+def centred(statistics: LayerStatistics, *, shifts: bool) -> Tensor | None:
+    """Second moments of the inputs, about their mean where the layer (or a norm after it) can absorb a shift."""
+    if statistics.second is None:
+        return None
+    return statistics.second - torch.outer(statistics.mean, statistics.mean) if shifts else statistics.second
+
+
+def matrix_columns(member: Member, area: int) -> Tensor:
+    """Columns of a consumer's matrix that read each channel of the unit, (width, columns)."""
+    return (member.positions[:, :, None] * area + torch.arange(area)).flatten(1)
+
+
+def unit_view(
+    group: Group, model: nn.Module, statistics: Mapping[str, LayerStatistics], *, norms: Mapping[str, str],
+    needs: Collection[Need], targets: Tensor,
+) -> UnitView:  # fmt: skip
+    """What methods with `needs` may see of one group. `norms` maps a layer to the norm that follows it."""
+    modules = dict(model.named_modules())
+    producers = [_rows(modules[m.layer], m) for m in group.on("out") if not is_depthwise(modules[m.layer])]
+    scales = [_gammas(modules[m.layer], m) for m in group.on("norm")]
+    consumers = [
+        consumer_view(m, model, statistics[m.layer], norm=norms.get(m.layer), moments="moments" in needs)
+        for m in group.on("in")
+    ]
+    first = group.on("in")[0]
+    seen = statistics[first.layer]
+    places = first.positions
+    activity = Activity(
+        mean_abs=seen.mean_abs[places].mean(1),
+        zero_share=seen.zero_share[places].mean(1),
+        per_sample=seen.per_sample[:, places].mean(2).double(),
+        targets=targets,
+    )
+    taylor = sum((statistics[m.layer].taylor[m.positions].sum(1) for m in group.on("in")), torch.zeros(group.width))
+    return UnitView(
+        name=group.root,
+        width=group.width,
+        producers=tuple(producers),
+        norm_scales=tuple(scale for scale in scales if scale is not None),
+        consumers=tuple(consumers),
+        activity=activity if "activity" in needs else None,
+        taylor=taylor.double() if "gradients" in needs else None,
+    )
+
+
+def consumer_view(
+    member: Member, model: nn.Module, statistics: LayerStatistics, *, norm: str | None, moments: bool
+) -> Consumer:
+    """One consumer's weights and moments, restricted to the columns that read the unit."""
+    layer = model.get_submodule(member.layer)
+    matrix = input_matrix(layer)
+    area = matrix.shape[1] // _inputs(layer)
+    columns = matrix_columns(member, area)  # (width, columns each)
+    second = centred(statistics, shifts=norm is not None or layer.bias is not None) if moments else None
+    flat = columns.flatten()
+    scale = norm_scale(model.get_submodule(norm)).abs() if norm else torch.ones(len(matrix), dtype=torch.float64)
+    return Consumer(
+        name=member.layer,
+        weight=matrix[:, columns],
+        moments=second[flat][:, flat] if second is not None else None,
+        scale=scale,
+    )
+
+
+def _inputs(layer: nn.Module) -> int:
+    if isinstance(layer, CONVOLUTIONS):
+        return layer.in_channels
+    assert isinstance(layer, nn.Linear)
+    return layer.in_features
+
+
+def _rows(layer: nn.Module, member: Member) -> Tensor:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().double().flatten(1)[member.positions].flatten(1)  # (width, fan-in * positions)
+
+
+def _gammas(norm: nn.Module, member: Member) -> Tensor | None:
+    if not isinstance(norm, NORMS) or not norm.affine:
+        return None
+    return norm.weight.detach().double().abs()[member.positions].mean(1)

@@ -1,0 +1,287 @@
+"""The configuration: what `autoprune.yaml` may hold, and how it is read and overridden.
+
+Knows keys, types and defaults. Does not import the user's model or data, nor torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, model_validator
+
+from autoprune.core.budget import Budget, parse_budgets, parse_fraction
+from autoprune.core.target import Device, Target
+from autoprune.errors import ConfigError, listed, near_miss
+from autoprune.files import read_yaml
+from autoprune.problems import given, problems_of
+
+FILE_NAME = "autoprune.yaml"
+METRICS = ("top1", "top5", "mse")
+DEMO_MODEL = "autoprune.demo.network:model"
+DEMO_DATA = "autoprune.demo.data:data"
+DEMO_SECONDS = 45.0
+GOAL_HELP = (
+    "nothing to search for: write `budget: 5ms` (or 50%, 2x, 300MMACs, 2MB, ...), or `max_drop: 1%`, "
+    "or `min_accuracy: 0.92` (on the command line: --budget, --max-drop, --min-accuracy)"
+)
+
+_FACTORY = re.compile(r"(?P<place>.*\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z_]\w*)", re.DOTALL)
+_PATH_KEYS = ("weights", "run")
+_FACTORY_KEYS = ("model", "data", "metric")
+
+
+def _factory(value: object) -> object:
+    if not isinstance(value, str) or not _FACTORY.fullmatch(value):
+        raise ValueError(f"given {given(value)}, allowed: 'file.py:function' or 'package.module:function'")
+    return value
+
+
+def _metric(value: object) -> object:
+    if isinstance(value, str) and (value in METRICS or _FACTORY.fullmatch(value)):
+        return value
+    raise ValueError(f"given {given(value)}, allowed: 'file.py:function' or a name; {near_miss(str(value), METRICS)}")
+
+
+def _budget(value: object) -> object:
+    texts = (value,) if isinstance(value, str) else value
+    if isinstance(texts, list):
+        texts = tuple(texts)
+    if not isinstance(texts, tuple) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"given {given(value)}, allowed: a text with a unit, e.g. 5ms, 50%, 2MB, or a list of them")
+    try:
+        parse_budgets(texts)
+    except ConfigError as error:
+        raise ValueError(str(error).removeprefix("budget: ")) from error
+    return texts
+
+
+def _share(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"given {given(value)}, allowed: a share such as 1% or 0.01")
+    try:
+        return parse_fraction(value, key="")
+    except ConfigError as error:
+        raise ValueError(str(error).removeprefix(": ")) from error
+
+
+def _shape(value: object) -> object:
+    if isinstance(value, str):
+        parts = re.split(r"\s*[,x]\s*", value.strip(" []"))
+        value = [int(part) if re.fullmatch(r"[0-9]{1,9}", part) else part for part in parts]
+    if not isinstance(value, list | tuple) or not all(type(size) is int and size > 0 for size in value):
+        raise ValueError(f"given {given(value)}, allowed: a shape with its batch, e.g. [1, 3, 32, 32]")
+    if len(value) < 2:
+        raise ValueError(f"given {given(value)}, allowed: a batch and at least one more size, e.g. [1, 3, 32, 32]")
+    return tuple(value)
+
+
+def _names(value: object) -> object:
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"given {given(value)}, allowed: a list of unit names or patterns, e.g. ['head*']")
+    return tuple(names)
+
+
+Factory = Annotated[str, BeforeValidator(_factory)]
+Share = Annotated[float, BeforeValidator(_share)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TargetConfig(_Section):
+    """What latency is measured on."""
+
+    runtime: str = Field(default="onnxruntime", min_length=1, description="What executes and times the model.")
+    device: Device = Field(default="cpu", description="The device it runs on.")
+    threads: Count = Field(default=1, description="Threads of the runtime.")
+    batch: Count = Field(default=1, description="Samples a run.")
+    example: Annotated[tuple[int, ...], BeforeValidator(_shape)] | None = Field(
+        default=None, description="Shape of one input with its batch, e.g. [1, 3, 32, 32]. Default: the data's shape."
+    )
+
+    @property
+    def target(self) -> Target:
+        """The same as a value of the core."""
+        return Target(self.runtime, self.device, self.threads, self.batch)
+
+
+class SpaceConfig(_Section):
+    """What may be done to which unit."""
+
+    preset: str = Field(
+        default="cnn-channels", min_length=1, description="A shipped search space's name, or a YAML file."
+    )
+    protect: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+        default=(), description="Names or patterns of units that must stay as they are."
+    )
+
+
+class SearchConfig(_Section):
+    """How long and how to search."""
+
+    trials: Count = Field(default=200, description="Candidates to evaluate at most.")
+    seconds: float | None = Field(
+        default=None, gt=0, strict=True, allow_inf_nan=False, description="Time limit of the search."
+    )
+    seed: int = Field(default=0, ge=0, strict=True, description="Seed of everything random.")
+    sampler: str = Field(default="budget", min_length=1, description="Who proposes candidates.")
+    finalists: Count = Field(default=6, description="Candidates that are really cut, exported, timed and scored.")
+    refit: StrictBool = Field(default=True, description="Refit the chosen candidate's weights by least squares.")
+    workers: Count = Field(default=1, description="Processes that evaluate candidates.")
+
+
+class Config(_Section):
+    """One search. Paths are relative to the folder of the file it was read from."""
+
+    model: Factory = Field(description="Function without arguments that returns the trained torch module.")
+    weights: str | None = Field(default=None, min_length=1, description="State dict to load: .safetensors, or .pt.")
+    data: Factory = Field(description="Function without arguments that returns calibration and validation data.")
+    metric: Annotated[str, BeforeValidator(_metric)] = Field(
+        default="top1", description="top1, top5, mse or a function."
+    )
+    higher_is_better: StrictBool = Field(default=True, description="Sense of a metric that is a function.")
+    target: TargetConfig = Field(default_factory=TargetConfig)
+    budget: Annotated[tuple[str, ...], BeforeValidator(_budget)] | None = Field(
+        default=None, description="What a candidate may cost: `5ms`; `3ms,5ms` is a family; a list holds together."
+    )
+    max_drop: Share | None = Field(
+        default=None, description="How far the metric may fall below the dense model's, e.g. 1%."
+    )
+    min_accuracy: Share | None = Field(default=None, description="The least metric allowed, e.g. 0.92.")
+    space: SpaceConfig = Field(default_factory=SpaceConfig)
+    search: SearchConfig = Field(default_factory=SearchConfig)
+    run: str | None = Field(default=None, min_length=1, description="Run folder. Default: runs/<this file's name>.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_space(cls, content: Any) -> Any:
+        if isinstance(content, Mapping) and isinstance(content.get("space"), str):
+            return {**content, "space": {"preset": content["space"]}}
+        return content
+
+    @model_validator(mode="after")
+    def _metric_sense(self) -> Config:
+        if self.metric in METRICS and "higher_is_better" in self.model_fields_set:
+            raise ValueError(f"higher_is_better is for a metric that is a function; {self.metric} has its own sense")
+        if self.metric == "mse" and self.min_accuracy is not None:
+            raise ValueError("min_accuracy is for metrics where more is better; with mse give a budget or max_drop")
+        return self
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """The family of budgets; one empty budget when none was given."""
+        return parse_budgets(self.budget or ())
+
+    @property
+    def metric_higher_is_better(self) -> bool:
+        """The sense of the metric, built-in or not."""
+        return self.higher_is_better and self.metric != "mse"
+
+
+def load_config(path: Path | None, overrides: Mapping[str, object], *, goal: bool = True) -> Config:
+    """The configuration in `path` (none: only `overrides`) with `overrides` by dotted key on top.
+
+    Overridden paths are relative to the working folder, those of the file to its own. `goal`: a budget or an accuracy
+    floor must be given. Raises one ConfigError that lists all problems.
+    """
+    content = _read(path) if path is not None else {}
+    content = _overridden(content, _anchored(overrides, path))
+    if content.get("run") is None:
+        content["run"] = f"runs/{path.stem if path is not None else 'search'}"
+    name = str(path) if path is not None else "configuration"
+    problems: list[tuple[str, str]] = []
+    if goal and all(content.get(key) in (None, [], ()) for key in ("budget", "max_drop", "min_accuracy")):
+        problems.append(("budget", GOAL_HELP))
+    config = None
+    try:
+        config = Config.model_validate(content)
+    except ValidationError as error:
+        problems = [(key, _remedied(key, text)) for key, text in problems_of(error, Config)] + problems
+    if config is None or problems:
+        raise _error(problems, name, set(overrides))
+    return config
+
+
+def demo_config(overrides: Mapping[str, object], *, goal: bool = True) -> Config:
+    """The embedded demo's configuration with `overrides` by dotted key on top. Raises like `load_config`."""
+    demo: dict[str, object] = {"model": DEMO_MODEL, "data": DEMO_DATA, "run": "runs/demo"}
+    if overrides.get("search.trials") is None:
+        demo["search.seconds"] = DEMO_SECONDS
+    return load_config(None, {**demo, **_given(overrides)}, goal=goal)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of `autoprune.yaml`, for editors."""
+    schema = Config.model_json_schema()
+    text_or_number = {"anyOf": [{"type": "string"}, {"type": "number", "minimum": 0, "maximum": 1}]}
+    one_or_more = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+    properties = schema["properties"]
+    for key, shape in (("max_drop", text_or_number), ("min_accuracy", text_or_number), ("budget", one_or_more)):
+        described = {name: properties[key][name] for name in ("description", "title") if name in properties[key]}
+        properties[key] = {**described, "anyOf": [*shape["anyOf"], {"type": "null"}], "default": None}
+    properties["space"] = {"anyOf": [properties["space"], {"type": "string"}]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": FILE_NAME}
+
+
+def _read(path: Path) -> dict[str, object]:
+    content = read_yaml(path, error=ConfigError)
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: given {given(content)}, allowed: a mapping (model: ..., data: ..., budget: ...)")
+    return dict(content)
+
+
+def _given(overrides: Mapping[str, object]) -> dict[str, object]:
+    return {key: value for key, value in overrides.items() if value is not None}
+
+
+def _anchored(overrides: Mapping[str, object], path: Path | None) -> dict[str, object]:
+    """Overrides whose paths stay true when they are read relative to the file's folder."""
+    anchored = _given(overrides)
+    if path is None or path.resolve().parent == Path.cwd():
+        return anchored
+    for key in (*_PATH_KEYS, *_FACTORY_KEYS, "space.preset"):
+        value = anchored.get(key)
+        is_path = isinstance(value, str) and (key in _PATH_KEYS or ".py:" in value or value.endswith((".yaml", ".yml")))
+        if is_path:
+            anchored[key] = os.path.join(os.getcwd(), str(value))
+    return anchored
+
+
+def _overridden(content: Mapping[str, object], overrides: Mapping[str, object]) -> dict[str, Any]:
+    result: dict[str, Any] = copy.deepcopy(dict(content))
+    if isinstance(result.get("space"), str):
+        result["space"] = {"preset": result["space"]}
+    for key, value in overrides.items():
+        section, _, name = key.rpartition(".")
+        place = result
+        if section:
+            if result.get(section) is None:
+                result[section] = {}
+            place = result[section]
+        if isinstance(place, dict):  # otherwise the file's own mistake is reported
+            place[name] = list(value) if isinstance(value, tuple) else value
+    return result
+
+
+def _remedied(key: str, text: str) -> str:
+    if text != "is missing":
+        return text
+    return f"is missing; write e.g. `{key}: model.py:{key}` (`autoprune init` writes a model.py to fill in)"
+
+
+def _error(problems: list[tuple[str, str]], name: str, overridden: set[str]) -> ConfigError:
+    texts = []
+    for key, text in problems:
+        source = "command line" if any(key == given or key.startswith(given + ".") for given in overridden) else name
+        texts.append(f"{source}: {key}: {text}" if key != "(top)" else f"{source}: {text}")
+    return ConfigError(texts[0] if len(texts) == 1 else f"{len(texts)} problems:\n{listed(texts)}")

@@ -1,0 +1,46 @@
+"""The measured part of the cost table: how long each shape of layer takes on the target. A value, read from JSON."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class SignatureCost(BaseModel):
+    """One shape of layer: seconds (as a share of the dense model's latency) for each feature of its two widths."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    signature: str
+    coefficients: dict[str, float]
+
+
+class TableCheck(BaseModel):
+    """How well the table predicts whole models that were not used to build it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    models: int
+    median_error: float
+    worst_error: float
+
+
+class LatencyTable(BaseModel):
+    """Latency of any choice on one target, as a share of the dense model's: `base + sum over layers`.
+
+    Shares, because absolute times on a shared machine drift and ratios to a dense model timed in the same loop do not.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int = 1
+    key: str
+    """Fingerprint of architecture, target, runtime version and machine: a table of another key is measured anew."""
+    dense_s: float
+    base: float
+    channel_block: int
+    """Widths cost what the next multiple of this costs: the step of the runtime's blocked kernels, found by fit."""
+    signatures: tuple[SignatureCost, ...]
+    fitted_models: int
+    check: TableCheck
+    correction: float = 1.0
+    """Factor learnt by verification: measured over predicted near the chosen policy."""

@@ -1,0 +1,81 @@
+"""What a search found, as written to `outcome.json` and drawn in the report. A value, without weights."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from autoprune.core.policy import Measured, Policy
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TrialRecord(_Value):
+    """One trial of the study: where it came from, what it was predicted to cost, how far it is from the dense model."""
+
+    number: int
+    origin: str
+    state: str
+    divergence: float | None
+    costs: dict[str, float]
+    """Predicted: latency in seconds, MACs, parameters, bytes."""
+
+
+class UnitRecord(_Value):
+    """One unit of the model and what the policy does with it."""
+
+    name: str
+    kind: str
+    width: int
+    keep: int
+    method: str
+    macs_share: float
+    latency_share: float | None
+    """Share of the dense model's latency in the layers it touches, from the cost table."""
+
+
+class PredictionCheck(_Value):
+    """Predicted against measured latency, as shares of the dense model's, of whole models not used to build the table."""
+
+    models: int
+    median_error: float
+    worst_error: float
+
+
+class OutcomeRecord(_Value):
+    """Evidence for one budget: the policy, its baselines, every trial, and how the numbers were made."""
+
+    title: str
+    budget: str
+    floor: str
+    metric: str
+    higher_is_better: bool
+    met: bool
+    verdict: str
+    """One sentence: met with what margin, or missed by how much."""
+    beats_baselines: bool
+    policy: Policy
+    dense: Measured
+    chosen: Measured
+    finalists: tuple[Measured, ...]
+    """All verified candidates, the chosen one among them."""
+    baselines: dict[str, Measured]
+    units: tuple[UnitRecord, ...]
+    trials: tuple[TrialRecord, ...]
+    check: PredictionCheck | None
+    seconds: dict[str, float]
+    """Wall seconds of each phase."""
+    notes: tuple[str, ...] = ()
+
+
+class VerifyRecord(_Value):
+    """What `verify` measured of a policy, and whether it still meets the budget and the floor it was made for."""
+
+    met: bool
+    verdict: str
+    """One sentence: met with what margin, or missed by how much."""
+    dense: Measured
+    pruned: Measured
+    budget: str
+    floor: str

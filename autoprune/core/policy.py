@@ -1,0 +1,132 @@
+"""The policy file's content (format 1): decision first, evidence after. A value; reading YAML is done elsewhere."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from autoprune.core.unit import Compensate, Kind, Option
+
+FORMAT = 1
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError("must be a finite number")
+    return value
+
+
+Finite = Annotated[float, AfterValidator(_finite)]
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class UnitDecision(_Value):
+    """What happens to one unit: `keep` of its `of` channels by `method`, or the block dropped (keep 0 of 1)."""
+
+    kind: Kind
+    method: str
+    keep: int = Field(ge=0)
+    of: int = Field(ge=1)
+    compensate: Compensate = "none"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> UnitDecision:
+        if self.keep > self.of:
+            raise ValueError(f"keep ({self.keep}) is more than there is (of: {self.of})")
+        if self.kind == "channels" and self.keep < 1:
+            raise ValueError("at least one channel must stay (keep: 1)")
+        if self.kind == "block" and self.of != 1:
+            raise ValueError("a block is one thing (of: 1)")
+        return self
+
+    @property
+    def option(self) -> Option:
+        """The same as an option of a space."""
+        return Option(self.method, self.keep, self.compensate)
+
+
+class ModelIdentity(_Value):
+    """Which model a policy belongs to. `fingerprint` covers weights, `structure` names and shapes alone."""
+
+    name: str
+    fingerprint: str
+    structure: str
+    params: int
+    example: list[list[int]]
+
+
+class TargetRecord(_Value):
+    """Where latencies were measured."""
+
+    runtime: str
+    device: str
+    threads: int
+    batch: int
+    where: str = ""
+
+
+class LatencyRecord(_Value):
+    """Measured milliseconds over `runs` timed runs, interleaved with the dense model."""
+
+    median: Finite
+    p10: Finite
+    p90: Finite
+    runs: int
+
+
+class ScoreRecord(_Value):
+    """A metric on `n` held-out samples, with its standard error."""
+
+    value: Finite
+    n: int
+    stderr: Finite
+
+
+class Measured(_Value):
+    """Everything measured or counted of one model."""
+
+    latency_ms: LatencyRecord | None = None
+    ratio: Finite | None = None
+    """Latency over the dense model's, median of paired rounds."""
+    predicted_ms: Finite | None = None
+    score: ScoreRecord | None = None
+    divergence: Finite | None = None
+    macs: int
+    params: int
+    size_bytes: int
+    recovery: str | None = None
+
+
+class Evidence(_Value):
+    """What was measured when the policy was made."""
+
+    metric: str = "top1"
+    dense: Measured
+    pruned: Measured
+    baselines: dict[str, Measured] = Field(default_factory=dict)
+    verified: bool = True
+    search: dict[str, Any] = Field(default_factory=dict)
+
+
+class Policy(_Value):
+    """A pruning policy. `units` alone is enough to apply it; units not named are kept."""
+
+    autoprune: Literal[1] = FORMAT
+    units: dict[str, UnitDecision]
+    model: ModelIdentity | None = None
+    target: TargetRecord | None = None
+    budget: dict[str, str] = Field(default_factory=dict)
+    floor: dict[str, float] = Field(default_factory=dict)
+    evidence: Evidence | None = None
+    weights: str | None = None
+    """Side file (safetensors, beside the YAML) with exact kept indices and mended tensors, and its SHA-256."""
+    weights_sha256: str | None = None
+
+    def options(self) -> dict[str, Option]:
+        """Unit name to option."""
+        return {name: decision.option for name, decision in self.units.items()}

@@ -1,0 +1,27 @@
+"""The target: what a latency is measured on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Runtime, device, threads and batch; a latency means nothing without all four."""
+
+    runtime: str = "onnxruntime"
+    device: Device = "cpu"
+    threads: int = 1
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        if self.threads < 1 or self.batch < 1:
+            raise ValueError("threads and batch must be at least 1")
+
+    @property
+    def text(self) -> str:
+        """For people and cache keys: `onnxruntime cpu, 1 thread, batch 1`."""
+        return f"{self.runtime} {self.device}, {self.threads} thread{'s' * (self.threads > 1)}, batch {self.batch}"

@@ -1,0 +1,1 @@
+"""The embedded demo: a small residual network and the handwritten digits it reads, both shipped with the package."""

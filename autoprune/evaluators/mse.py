@@ -1,0 +1,30 @@
+"""Mean squared error of a regression."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from autoprune.errors import DataError
+
+
+@final
+class MSE:
+    """Mean over a sample's outputs of the squared difference; lower is better."""
+
+    __slots__ = ()
+
+    name: str = "mse"
+    higher_is_better: bool = False
+
+    def per_sample(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """One mean squared error for each sample, (samples,) float64, from two tensors (samples, ...) of one shape."""
+        if outputs.ndim < 1 or outputs.shape != targets.shape:
+            raise DataError(
+                f"mse: outputs are {tuple(outputs.shape)} and targets {tuple(targets.shape)}; "
+                "expected the same shape (samples, ...), nothing is broadcast"
+            )
+        squares = (outputs.to(torch.float64) - targets.to(torch.float64)).square()
+        return squares.reshape(len(squares), -1).mean(dim=1) if squares.ndim > 1 else squares

@@ -1,0 +1,153 @@
+"""Files: written whole or not at all, YAML read without surprises, and the policy file.
+
+Knows what a disk can do to a write and what a text file can hide. Does not know what a policy means.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from autoprune import yamls
+from autoprune.core.policy import FORMAT, Policy
+from autoprune.errors import AutopruneError, ConfigError, PolicyError, RunError, listed
+from autoprune.problems import given, problems_of
+
+SIZE_LIMIT = 10_000_000
+"""Bytes; a YAML file beyond this is not one that a person wrote or that autoprune did."""
+
+_CAUSES = {
+    errno.ENOSPC: "the disk is full; free some space or choose another folder",
+    errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
+    errno.EFBIG: "the file would be larger than this process may write; raise the limit (ulimit -f)",
+    errno.EROFS: "the folder is read-only; choose another one",
+    errno.EACCES: "permission denied; choose a folder that you may write to",
+    errno.EPERM: "permission denied; choose a folder that you may write to",
+    errno.ENOENT: "there is no such file or folder",
+    errno.ENOTDIR: "a part of the path is a file, not a folder; choose another path",
+    errno.EEXIST: "a part of the path is a file, not a folder; choose another path",
+    errno.EISDIR: "it is a folder; give a file",
+    errno.ENAMETOOLONG: "the name is too long",
+}
+
+
+def cause(error: OSError) -> str:
+    """Why the system refused, and what to do."""
+    if error.errno in _CAUSES:
+        return _CAUSES[error.errno]
+    return error.strerror or str(error)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, whole or not at all. Raises RunError, the old file intact."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data`, whole or not at all. Raises RunError naming path and cause; the old file is intact then."""
+    target = Path(os.path.realpath(path))  # a link stays a link
+    temporary = target.with_name(f".autoprune-{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _write_synced(temporary, data)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {cause(error)}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    _sync_folder(target.parent)
+
+
+def read_yaml(path: Path, *, error: type[AutopruneError] = ConfigError) -> object:
+    """The content of a YAML file as dict, list, str, int, float, bool or None.
+
+    Raises `error` for what cannot be read, is over 10 MB, repeats a key, holds an alias or is nested too deep, with
+    line and column.
+    """
+    return yamls.parse(_read_limited(path, error), name=str(path), error=error)
+
+
+def write_policy(path: Path, policy: Policy) -> None:
+    """Write `policy` as readable YAML, one unit a line. Raises RunError when the file cannot be written."""
+    write_text(path, policy_text(policy))
+
+
+def policy_text(policy: Policy) -> str:
+    """`policy` as YAML: decision first, evidence after, fields without a value left out."""
+    return yamls.text(_plain(policy))
+
+
+def read_policy(path: Path) -> Policy:
+    """The policy in a file. Raises PolicyError with all problems at once."""
+    content = read_yaml(path, error=PolicyError)
+    if not isinstance(content, dict):
+        raise PolicyError(f"{path}: is not a policy: given {given(content)}, allowed: a mapping with `units`")
+    if "autoprune" not in content:
+        raise PolicyError(f"{path}: is not a policy: it must begin with `autoprune: {FORMAT}` (the format version)")
+    version = content["autoprune"]
+    if type(version) is not int or version != FORMAT:
+        raise PolicyError(
+            f"{path}: autoprune: format version {given(version)} is unknown; this version of autoprune reads {FORMAT}; "
+            "upgrade autoprune if the file is newer"
+        )
+    try:
+        return Policy.model_validate(content, strict=True)
+    except ValidationError as invalid:
+        problems = [f"{key}: {text}" for key, text in problems_of(invalid, Policy)]
+        raise PolicyError(f"{path}: is not a valid policy:\n{listed(problems)}") from invalid
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(descriptor, view) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable where the system can; not every file system lets a folder be opened."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _read_limited(path: Path, error: type[AutopruneError]) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(SIZE_LIMIT + 1)
+    except OSError as refused:
+        raise error(f"{path}: cannot be read: {cause(refused)}") from refused
+    except ValueError as refused:  # a null byte in the path
+        raise error(f"{path!s:.200}: is not a path") from refused
+    if len(data) > SIZE_LIMIT:
+        raise error(f"{path}: is larger than {SIZE_LIMIT // 1_000_000} MB; this is no file of autoprune's")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as bad:
+        raise error(f"{path}: is not UTF-8 text (byte {bad.start})") from bad
+
+
+def _plain(policy: Policy) -> dict[str, Any]:
+    content = policy.model_dump(exclude_none=True)
+    if policy.evidence is not None:
+        content["evidence"]["search"] = dict(policy.evidence.search)  # whatever it holds, None included
+    for unit in content["units"].values():
+        if unit["compensate"] == "none":
+            del unit["compensate"]
+    for section in ("budget", "floor"):
+        if not content[section]:
+            del content[section]
+    return content

@@ -1,0 +1,158 @@
+"""Really cutting a model: smaller layers in a copy, dropped blocks replaced. The user's model is never written.
+
+Knows index sets and mended weights. Does not know methods, options or where the indices come from.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from autoprune.model.blocks import Block, Dropped
+from autoprune.model.coupling import CONVOLUTIONS, NORMS, Group, is_depthwise
+
+
+@dataclass(frozen=True, slots=True)
+class Mended:
+    """New weights of a layer whose inputs were cut: (outputs before any cut, kept inputs, ...), and its new bias."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Which positions of a layer's two sides stay, ascending; None where the side is whole."""
+
+    inputs: Tensor | None = None
+    outputs: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CutPlan:
+    """For every layer that changes: what stays; and the blocks that go. Layers of dropped blocks are not named."""
+
+    layers: Mapping[str, Kept]
+    dropped: tuple[Block, ...] = ()
+    units: Mapping[str, Tensor] = field(default_factory=dict)
+    """The kept channels of each narrowed unit, ascending."""
+
+
+def plan_cut(
+    widths: Mapping[str, int], groups: Collection[Group], *, kept: Mapping[str, Tensor], dropped: Collection[Block]
+) -> CutPlan:
+    """What `kept` (group root -> kept channels) means for each layer.
+
+    `widths` are the dense sizes of every side, keyed `layer/in` and `layer/out`.
+    """
+    gone = {layer for block in dropped for layer in block.layers}
+    masks: dict[str, Tensor] = {}
+    for group in groups:
+        if group.root not in kept:
+            continue
+        removed = torch.ones(group.width, dtype=torch.bool)
+        removed[kept[group.root]] = False
+        for member in group.members:
+            if member.layer in gone:
+                continue
+            side = f"{member.layer}/{'in' if member.axis == 'in' else 'out'}"
+            mask = masks.setdefault(side, torch.ones(widths[side], dtype=torch.bool))
+            mask[member.positions[removed].flatten()] = False
+    layers: dict[str, Kept] = {}
+    for side, mask in masks.items():
+        layer, end = side.rsplit("/", 1)
+        indices, before = mask.nonzero().flatten(), layers.get(layer, Kept())
+        inputs, outputs = (indices, before.outputs) if end == "in" else (before.inputs, indices)
+        layers[layer] = Kept(inputs, outputs)
+    return CutPlan(layers, tuple(dropped), dict(kept))
+
+
+def side_widths(model: nn.Module) -> dict[str, int]:
+    """The sizes of both sides of every layer that can be cut, keyed `layer/in` and `layer/out`."""
+    widths: dict[str, int] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, CONVOLUTIONS):
+            widths |= {f"{name}/in": layer.in_channels, f"{name}/out": layer.out_channels}
+        elif isinstance(layer, nn.Linear):
+            widths |= {f"{name}/in": layer.in_features, f"{name}/out": layer.out_features}
+        elif isinstance(layer, NORMS):
+            widths[f"{name}/out"] = layer.num_features
+    return widths
+
+
+def cut(model: nn.Module, plan: CutPlan, mended: Mapping[str, Mended] | None = None) -> nn.Module:
+    """A smaller copy of `model`. `mended` gives new input-side weights of layers named in the plan."""
+    smaller = copy.deepcopy(model)
+    for block in plan.dropped:
+        _replace(smaller, block.name, Dropped(block.rest))
+    modules = dict(smaller.named_modules())
+    for name, kept in plan.layers.items():
+        _narrow(modules[name], kept, mended.get(name) if mended else None)
+    return smaller
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    model.get_submodule(parent).register_module(child, module)
+
+
+def _narrow(layer: nn.Module, kept: Kept, mended: Mended | None) -> None:
+    """Shrink one layer of our own copy in place."""
+    if isinstance(layer, NORMS):
+        _narrow_norm(layer, kept)
+        return
+    if not isinstance(layer, (*CONVOLUTIONS, nn.Linear)):
+        raise TypeError(f"{type(layer).__name__} cannot be cut")
+    weight, bias = layer.weight.detach(), layer.bias
+    if isinstance(layer, CONVOLUTIONS) and is_depthwise(layer):
+        if kept.outputs is not None:
+            weight = weight[kept.outputs]
+            layer.groups = layer.in_channels = layer.out_channels = len(kept.outputs)
+    else:
+        weight, new_bias = _cut_inputs(layer, kept.inputs, mended)
+        bias = nn.Parameter(new_bias) if new_bias is not None else None
+        if kept.outputs is not None:
+            weight = weight[kept.outputs]
+        _set_widths(layer, kept)
+    if bias is not None:
+        chosen = bias.detach() if kept.outputs is None else bias.detach()[kept.outputs]
+        layer.bias = nn.Parameter(chosen.clone(), requires_grad=layer.weight.requires_grad)
+    layer.weight = nn.Parameter(weight.clone(), requires_grad=layer.weight.requires_grad)
+
+
+def _cut_inputs(layer: nn.Module, inputs: Tensor | None, mended: Mended | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a layer with the inputs that stay, all outputs still there."""
+    weight, bias = layer.weight.detach(), layer.bias  # type: ignore[union-attr]
+    bias = bias.detach() if isinstance(bias, Tensor) else None
+    if mended is not None:
+        return mended.weight, mended.bias if mended.bias is not None else bias
+    if inputs is None:
+        return weight, bias
+    if isinstance(layer, CONVOLUTIONS) and layer.groups > 1:
+        return weight[:, inputs[: len(inputs) // layer.groups]], bias  # each group keeps the same of its inputs
+    return weight[:, inputs], bias
+
+
+def _set_widths(layer: nn.Module, kept: Kept) -> None:
+    if isinstance(layer, nn.Linear):
+        layer.in_features = layer.in_features if kept.inputs is None else len(kept.inputs)
+        layer.out_features = layer.out_features if kept.outputs is None else len(kept.outputs)
+    elif isinstance(layer, CONVOLUTIONS):
+        layer.in_channels = layer.in_channels if kept.inputs is None else len(kept.inputs)
+        layer.out_channels = layer.out_channels if kept.outputs is None else len(kept.outputs)
+
+
+def _narrow_norm(layer: nn.Module, kept: Kept) -> None:
+    if kept.outputs is None or not isinstance(layer, NORMS):
+        return
+    if layer.affine:
+        layer.weight = nn.Parameter(layer.weight.detach()[kept.outputs].clone())
+        layer.bias = nn.Parameter(layer.bias.detach()[kept.outputs].clone())
+    if layer.running_mean is not None and layer.running_var is not None:
+        layer.running_mean = layer.running_mean[kept.outputs].clone()
+        layer.running_var = layer.running_var[kept.outputs].clone()
+    layer.num_features = len(kept.outputs)

@@ -1,0 +1,161 @@
+"""From a model and an example to its units: what can be pruned, what cannot and why, and what each layer costs.
+
+Whatever the tracer says is tested: all groups are cut at once and compared with the same channels masked; where the
+two differ, the group that is wrong is found and refused. A wrong cut never leaves this file.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from autoprune.core.architecture import Architecture
+from autoprune.core.unit import Unit
+from autoprune.errors import ConfigError, ModelError, near_miss
+from autoprune.model.blocks import Block, droppable_blocks
+from autoprune.model.coupling import Group, Refused, coupled_groups
+from autoprune.model.cut import cut, plan_cut, side_widths
+from autoprune.model.describe import describe
+
+
+@dataclass(frozen=True, slots=True)
+class Anatomy:
+    """What discovery found. `units` follow execution order; `refused` says what stays as it is, and why."""
+
+    units: tuple[Unit, ...]
+    groups: tuple[Group, ...]
+    blocks: tuple[Block, ...]
+    refused: tuple[Refused, ...]
+    architecture: Architecture
+    widths: dict[str, int]
+
+    def group(self, name: str) -> Group:
+        """The group of a `channels` unit."""
+        return next(group for group in self.groups if group.root == name)
+
+
+def discover(model: nn.Module, example: Tensor, *, protect: Sequence[str] = (), blocks: bool = True) -> Anatomy:
+    """All units of `model` but those that `protect`'s globs name by any of their layers.
+
+    `example` is a small batch of real data. Raises ConfigError for a glob that matches nothing, ModelError when the
+    model cannot be traced or nothing in it can be pruned.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    for glob in protect:
+        if not fnmatch.filter(names, glob):
+            raise ConfigError(f"space.protect: {glob!r} matches no module of the model; {near_miss(glob, names)}")
+    groups, refused = coupled_groups(model, example)
+    protected = [Refused(group.root, "protected") for group in groups if _is_protected(_layers_of(group), protect)]
+    groups = tuple(group for group in groups if not _is_protected(_layers_of(group), protect))
+    groups, wrong = _tested(model, example, groups)
+    found = droppable_blocks(model, example) if blocks else ()
+    found = tuple(block for block in found if not _is_protected((block.name, *block.layers), protect))
+    order = {name: position for position, (name, _) in enumerate(model.named_modules())}
+    units = sorted((*_channel_units(groups, found), *_block_units(found)), key=lambda unit: order[unit.name])
+    if not units:
+        reasons = "; ".join(f"{entry.root}: {entry.reason}" for entry in (*refused, *protected, *wrong))
+        raise ModelError(f"nothing in this model can be pruned ({reasons or 'no convolution or linear layer found'})")
+    architecture = describe(model, example, groups=groups, blocks=found)
+    return Anatomy(tuple(units), groups, found, (*refused, *protected, *wrong), architecture, side_widths(model))
+
+
+def _layers_of(group: Group) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(member.layer for member in group.members))
+
+
+def _is_protected(layers: Collection[str], globs: Sequence[str]) -> bool:
+    inside = [ancestor for layer in layers for ancestor in _with_ancestors(layer)]
+    return any(fnmatch.filter(inside, glob) for glob in globs)
+
+
+def _with_ancestors(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[: length + 1]) for length in range(len(parts))]
+
+
+def _channel_units(groups: Sequence[Group], blocks: Sequence[Block]) -> list[Unit]:
+    units = []
+    for group in groups:
+        layers = _layers_of(group)
+        parent = next((block.name for block in blocks if set(layers) <= set(block.layers)), None)
+        units.append(Unit(group.root, "channels", group.width, layers, parent))
+    return units
+
+
+def _block_units(blocks: Sequence[Block]) -> list[Unit]:
+    return [Unit(block.name, "block", 1, block.layers) for block in blocks]
+
+
+def _tested(
+    model: nn.Module, example: Tensor, groups: tuple[Group, ...]
+) -> tuple[tuple[Group, ...], tuple[Refused, ...]]:
+    """The groups whose cut equals their mask, and the others. All at once first: one forward pair when all is well."""
+    check = _cut_check(model, example)
+    if check(groups):
+        return groups, ()
+    sound = tuple(group for group in groups if check((group,)))
+    wrong = [Refused(g.root, "cutting it changes more than masking it: an operation on channels is not understood")
+             for g in groups if g not in sound]  # fmt: skip
+    while sound and not check(sound):  # each alone is fine, together they are not: give up the last ones
+        wrong.append(Refused(sound[-1].root, "cutting it beside others changes more than masking them"))
+        sound = sound[:-1]
+    return sound, tuple(wrong)
+
+
+def _cut_check(model: nn.Module, example: Tensor) -> Callable[[Sequence[Group]], bool]:
+    """A test of groups: every third channel is cut, and the same channels masked where they are read."""
+    widths = side_widths(model)
+    with torch.no_grad():
+        dense = _first(model(example))
+    tolerance = 1e-4 * float(dense.abs().max().clamp_min(1e-3))
+
+    def same(groups: Sequence[Group]) -> bool:
+        kept = {g.root: torch.tensor([c for c in range(g.width) if c % 3 != 1]) for g in groups}
+        smaller = cut(model, plan_cut(widths, groups, kept=kept, dropped=()))
+        with torch.no_grad():
+            masked = _first(_masked(model, groups, kept)(example))
+            try:
+                return bool(torch.allclose(_first(smaller(example)), masked, rtol=1e-3, atol=tolerance))
+            except RuntimeError:  # shapes no longer fit
+                return False
+
+    return same
+
+
+def _masked(model: nn.Module, groups: Sequence[Group], kept: dict[str, Tensor]) -> nn.Module:
+    """A copy of `model` in which no layer reads the channels that are not kept."""
+    copied = cut(model, plan_cut({}, (), kept={}, dropped=()))
+    modules = dict(copied.named_modules())
+    with torch.no_grad():
+        for group in groups:
+            removed = torch.ones(group.width, dtype=torch.bool)
+            removed[kept[group.root]] = False
+            for member in group.on("in"):
+                layer = modules[member.layer]
+                weight = layer.weight
+                assert isinstance(weight, Tensor)
+                _mask_inputs(weight, member.positions[removed].flatten(), getattr(layer, "groups", 1))
+    return copied
+
+
+def _mask_inputs(weight: Tensor, positions: Tensor, groups: int) -> None:
+    """Zero the columns of `weight` (outputs, inputs / groups, ...) that read input `positions`."""
+    outputs, inputs = weight.shape[0] // groups, weight.shape[1]
+    for position in positions.tolist():
+        group, column = divmod(position, inputs)
+        weight[group * outputs : (group + 1) * outputs, column] = 0
+
+
+def _first(output: object) -> Tensor:
+    """The first tensor of a model's output."""
+    while isinstance(output, (tuple, list)):
+        output = output[0]
+    if isinstance(output, dict):
+        return _first(next(iter(output.values())))
+    if not isinstance(output, Tensor):
+        raise ModelError(f"the model returns {type(output).__name__}; a tensor (or a tuple that begins with one) is needed")
+    return output

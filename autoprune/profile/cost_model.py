@@ -1,0 +1,224 @@
+"""What any choice costs, in every metric, without building it: MACs, parameters and bytes counted, latency predicted.
+
+Every metric is a constant plus, for each layer that is there, non-negative coefficients times features of its widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoprune.core.architecture import Architecture, Layer
+from autoprune.core.budget import Metric
+from autoprune.core.cost import LatencyTable
+from autoprune.core.space import Choice, Space
+from autoprune.core.unit import Unit
+from autoprune.profile.features import FEATURES
+from autoprune.profile.widths import Array, Choices, WidthMap, Widths, as_array
+
+BYTES_PER_PARAMETER = 4
+_GAIN = 1e-9
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerCosts:
+    """One metric's price list: `constant + sum over present layers, over features, of coefficient * feature`."""
+
+    constant: float
+    block: int
+    terms: Mapping[str, Array]
+    """Feature name -> (L,) coefficients >= 0."""
+
+    def at(self, inputs: Array, outputs: Array, layers: NDArray[np.intp] | slice = slice(None)) -> Array:
+        """Each layer's cost when it is there, elementwise; `layers` says which layer each last-axis entry is."""
+        total = np.zeros_like(inputs)
+        for name, coefficients in self.terms.items():
+            total += coefficients[layers] * FEATURES[name](inputs, outputs, self.block)
+        return total
+
+    def total(self, widths: Widths) -> Array:
+        """Whole-model costs (P,)."""
+        total: Array = (self.at(widths.inputs, widths.outputs) * widths.present).sum(axis=1)
+        return self.constant + total
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Neighbours:
+    """Every (channel unit, option, touched layer) of the space, laid out flat: N entries, R rows (unit, option)."""
+
+    row: NDArray[np.intp]
+    unit: NDArray[np.intp]
+    layer: NDArray[np.intp]
+    keep: Array
+    starts: NDArray[np.intp]
+    """(U + 1,) first row of each unit."""
+
+
+@final
+class CostModel:
+    """Costs of the choices of one space on one target. Immutable. Without a table there is no latency."""
+
+    def __init__(self, architecture: Architecture, space: Space, table: LatencyTable | None = None) -> None:
+        self.architecture = architecture
+        self.space = space
+        self.table = table
+        self._map = WidthMap.of(architecture, space)
+        self._costs = _price_lists(architecture, self._map, table)
+        self._blocks = tuple(index for index, unit in enumerate(space.units) if unit.kind == "block")
+        self._neighbours = _neighbours(space, self._map)
+        dense = {metric: self.cost(metric, space.dense) for metric in self._costs}
+        if table is not None:
+            dense["latency"] = table.dense_s  # measured, so free of the correction that predictions get
+        self.dense: Mapping[Metric, float] = MappingProxyType(dense)
+
+    def evaluate(self, metric: Metric, choices: Choices) -> Array:
+        """Costs (P,) of choices (P, U), in the metric's own unit: seconds, MACs for one sample, parameters, bytes."""
+        return self._list(metric).total(self._map.at(np.asarray(choices, dtype=np.int64)))
+
+    def cost(self, metric: Metric, choice: Choice) -> float:
+        """The cost of one choice."""
+        return float(self.evaluate(metric, as_array(choice))[0])
+
+    def linearise(self, metric: Metric, incumbent: Choice) -> list[Array]:
+        """For each unit (options,): how the cost changes when only this unit's option is replaced. Exact.
+
+        What is inside a block that `incumbent` drops changes nothing; a block's drop saves what its inside costs now.
+        """
+        costs, flat = self._list(metric), self._neighbours
+        raw = as_array(incumbent)
+        normal = self._map.normal(raw)
+        now = self._map.at(normal)
+        live = now.present[0, flat.layer] * ~self._map.moot(raw)[0, flat.unit]
+        step = flat.keep - self._map.keeps[flat.unit, normal[0, flat.unit]]
+        inputs = now.inputs[0, flat.layer] + step * self._map.input_times[flat.unit, flat.layer]
+        outputs = now.outputs[0, flat.layer] + step * self._map.output_times[flat.unit, flat.layer]
+        before = costs.at(now.inputs[0], now.outputs[0])[flat.layer]
+        change = (costs.at(inputs, outputs, flat.layer) - before) * live
+        rows: Array = np.bincount(flat.row, weights=change, minlength=int(flat.starts[-1])).astype(np.float64)
+        changes = np.split(rows, flat.starts[1:-1])
+        for unit, change_of_block in self._block_changes(metric, incumbent):
+            changes[unit] = change_of_block
+        return changes
+
+    def cheapest_choice(self, metric: Metric) -> Choice:
+        """The choice that costs least. Counted metrics: the narrowest option everywhere, exactly.
+
+        A narrow ragged width can take longer than a wider aligned one, so latency descends from there, unit by unit.
+        """
+        self._list(metric)
+        choice = self.space.normal(tuple(size - 1 for size in self.space.sizes))
+        if metric != "latency":
+            return choice
+        lower = self._descended(metric, choice)
+        while self.cost(metric, lower) < self.cost(metric, choice) * (1 - _GAIN):
+            choice, lower = lower, self._descended(metric, lower)
+        return self.space.normal(choice)
+
+    def range(self, metric: Metric) -> tuple[float, float]:
+        """The reachable costs: least, and the dense model's."""
+        return self.cost(metric, self.cheapest_choice(metric)), self.dense[metric]
+
+    def aligned_widths(self, unit: Unit) -> tuple[int, ...]:
+        """Widths at the edges of the runtime's steps, ascending: multiples of its block, and the full width."""
+        step = self.table.channel_block if self.table is not None else 1
+        return (*range(step, unit.width, step), unit.width)
+
+    def is_additive(self, metric: Metric) -> bool:
+        """Whether one linearisation is exact everywhere: no two units share a layer, but for a block and its inside."""
+        priced = sum(self._list(metric).terms.values(), np.zeros(len(self.architecture.layers))) > 0
+        touching = (self._map.input_times + self._map.output_times > 0) & priced  # (U, L)
+        return bool((touching.sum(axis=0) <= 1).all())
+
+    def _descended(self, metric: Metric, choice: Choice) -> Choice:
+        for unit in range(len(choice)):
+            best = int(self.linearise(metric, choice)[unit].argmin())
+            choice = (*choice[:unit], best, *choice[unit + 1 :])
+        return choice
+
+    def _block_changes(self, metric: Metric, incumbent: Choice) -> list[tuple[int, Array]]:
+        """(unit, changes of its options) for every block unit, by evaluating each neighbour whole."""
+        if not self._blocks:
+            return []
+        sizes = [self.space.sizes[unit] for unit in self._blocks]
+        neighbours = np.repeat(as_array(incumbent), 1 + sum(sizes), axis=0)  # the first stays the incumbent
+        columns = np.repeat(self._blocks, sizes)
+        neighbours[np.arange(1, len(neighbours)), columns] = np.concatenate([np.arange(size) for size in sizes])
+        costs = self.evaluate(metric, neighbours)
+        return list(zip(self._blocks, np.split(costs[1:] - costs[0], np.cumsum(sizes)[:-1]), strict=True))
+
+    def _list(self, metric: Metric) -> LayerCosts:
+        if metric not in self._costs:
+            raise ValueError(f"no {metric} without a measured table")
+        return self._costs[metric]
+
+
+def _price_lists(architecture: Architecture, widths: WidthMap, table: LatencyTable | None) -> dict[Metric, LayerCosts]:
+    layers = architecture.layers
+
+    def counted(constant: float, counts: Callable[[Layer], tuple[float, float, float]]) -> LayerCosts:
+        rows = np.asarray([counts(layer) for layer in layers], dtype=np.float64).reshape(len(layers), 3)
+        return LayerCosts(constant, 1, dict(zip(("present", "macs", "out"), rows.T, strict=True)))
+
+    lists: dict[Metric, LayerCosts] = {
+        "macs": counted(0.0, _macs),
+        "params": counted(architecture.other_params, _params),
+        "size": counted(BYTES_PER_PARAMETER * architecture.other_params + architecture.other_bytes, _size),
+    }
+    if table is not None:
+        lists["latency"] = _latency(layers, widths, table)
+    return lists
+
+
+def _weights(layer: Layer) -> tuple[float, float]:
+    """Weights of a layer for each (input, output) pair and for each output."""
+    if layer.kind in ("conv", "linear"):
+        return layer.kernel / layer.groups, 0.0
+    return 0.0, float(layer.kernel) if layer.kind == "depthwise" else 0.0
+
+
+def _macs(layer: Layer) -> tuple[float, float, float]:
+    """MACs of a layer whatever its width, for each (input, output) pair, and for each output."""
+    pair, output = _weights(layer)
+    return 0.0, layer.positions * pair, layer.positions * output
+
+
+def _params(layer: Layer) -> tuple[float, float, float]:
+    pair, output = _weights(layer)
+    return 0.0, pair, output + layer.bias_like
+
+
+def _size(layer: Layer) -> tuple[float, float, float]:
+    _, pair, output = _params(layer)
+    buffers = float(layer.buffer_bytes_fixed)
+    return buffers, BYTES_PER_PARAMETER * pair, BYTES_PER_PARAMETER * output + layer.buffer_bytes_each
+
+
+def _latency(layers: Sequence[Layer], widths: WidthMap, table: LatencyTable) -> LayerCosts:
+    """Seconds. The table prices features relative to the dense layer's, so coefficients are divided by these."""
+    dense = widths.at(np.zeros((1, len(widths.keeps)), dtype=np.int64))
+    prices = {entry.signature: entry.coefficients for entry in table.signatures}
+    scale = table.dense_s * table.correction
+    terms = {}
+    for name, feature in FEATURES.items():
+        coefficients = [prices.get(layer.signature, {}).get(name, 0.0) for layer in layers]
+        full = feature(dense.inputs, dense.outputs, table.channel_block)[0]
+        terms[name] = scale * np.asarray(coefficients) / np.maximum(full, 1.0)
+    return LayerCosts(scale * table.base, table.channel_block, terms)
+
+
+def _neighbours(space: Space, widths: WidthMap) -> _Neighbours:
+    starts = np.concatenate([[0], np.cumsum(space.sizes)]).astype(np.intp)
+    rows, units, layers = [], [], []
+    for unit, entry in enumerate(space.entries):
+        touched = widths.touched(unit) if entry.unit.kind == "channels" else np.zeros(0, dtype=np.intp)
+        options = len(entry.options)
+        rows.append(np.repeat(np.arange(starts[unit], starts[unit] + options), len(touched)))
+        units.append(np.full(options * len(touched), unit, dtype=np.intp))
+        layers.append(np.tile(touched, options))
+    row, unit_of, layer = (np.concatenate([np.zeros(0, dtype=np.intp), *parts]) for parts in (rows, units, layers))
+    return _Neighbours(row, unit_of, layer, widths.keeps[unit_of, row - starts[unit_of]], starts)

@@ -1,0 +1,76 @@
+"""Draws whole-model choices that show a latency fit everything it must see. Pure; randomness comes in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from autoprune.core.space import Choice, Space
+from autoprune.core.unit import DROP
+
+WIDEST_DROP_SHARE = 0.6
+_ATTEMPTS = 4
+_Kind = Literal["spread", "levelled"]
+
+
+def draw(space: Space, count: int, rng: np.random.Generator) -> list[Choice]:
+    """At most `count` distinct choices, none of them dense; fewer when the space is that small.
+
+    Half spread every unit's widths evenly over the models (a Latin hypercube); half keep to one level a model, from
+    very narrow to nearly dense. The share of blocks dropped varies from none to 0.6, and each block is dropped once.
+    """
+    found: dict[Choice, None] = {}
+    for attempt in range(_ATTEMPTS):
+        missing = count - len(found)
+        if missing <= 0:
+            break
+        half = (missing + 1) // 2
+        batch = [*_batch(space, half, rng, kind="spread"), *_batch(space, missing - half, rng, kind="levelled")]
+        if attempt == 0:
+            _drop_each_block_once(space, batch, rng)
+        found |= dict.fromkeys(space.normal(tuple(choice)) for choice in batch)
+        found.pop(space.dense, None)
+    choices = list(found)
+    return [choices[index] for index in rng.permutation(len(choices))]
+
+
+def _batch(space: Space, count: int, rng: np.random.Generator, *, kind: _Kind) -> list[list[int]]:
+    """Option indices (count, U). A block's last option is its drop, when it has one."""
+    if count == 0:
+        return []
+    levels = _strata(count, rng)
+    drop_shares = WIDEST_DROP_SHARE * _strata(count, rng) * (rng.random(count) < 0.75)
+    columns = []
+    for entry in space.entries:
+        quantiles = _strata(count, rng)
+        if entry.unit.kind == "block":
+            last = len(entry.options) - 1
+            columns.append((last * (quantiles < drop_shares)).tolist())
+            continue
+        if kind == "levelled":
+            quantiles = rng.beta(0.5 + 5 * levels, 0.5 + 5 * (1 - levels))
+        firsts = _first_of_each_width([option.keep for option in entry.options])
+        places = np.minimum(len(firsts) * quantiles, len(firsts) - 1).astype(np.intp)
+        columns.append([firsts[place] for place in places])
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _drop_each_block_once(space: Space, batch: list[list[int]], rng: np.random.Generator) -> None:
+    for unit, entry in enumerate(space.entries):
+        if DROP not in entry.options or not batch:
+            continue
+        drop = entry.options.index(DROP)
+        if all(choice[unit] != drop for choice in batch):
+            batch[int(rng.integers(len(batch)))][unit] = drop
+
+
+def _strata(count: int, rng: np.random.Generator) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """One number from each of `count` equal parts of [0, 1), shuffled."""
+    return (rng.permutation(count) + rng.random(count)) / count
+
+
+def _first_of_each_width(keeps: Sequence[int]) -> list[int]:
+    """Index of the first option of every distinct width, narrowest first: methods do not change a latency."""
+    return sorted({keep: keeps.index(keep) for keep in keeps}.values(), reverse=True)

@@ -1,0 +1,155 @@
+"""Measures a latency table: draws whole models, times them beside the dense one, fits, and checks on others.
+
+Timing one changed layer at a time and adding up is far off on whole models (layout conversions, fusion, noise). So
+random whole models are timed, and one set of coefficients for each shape of layer is fitted to all of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor, nn
+
+from autoprune.core.architecture import Architecture, LayerKind
+from autoprune.core.cost import LatencyTable, SignatureCost, TableCheck
+from autoprune.core.space import Choice, Space
+from autoprune.core.target import Target
+from autoprune.profile.clock import interleave
+from autoprune.profile.cost_model import CostModel
+from autoprune.profile.draw import draw
+from autoprune.profile.fit import BLOCKS, Design, Fit, design, fit
+from autoprune.profile.widths import Array, Choices, WidthMap
+from autoprune.progress import Progress
+from autoprune.runtimes.base import Runtime, Session
+
+FEWEST_MODELS, MOST_MODELS = 24, 64
+CHUNK = 6
+"""Sessions alive at once, the dense one among them."""
+_ROUNDS = 20
+_SECONDS_A_CHUNK = 2.5
+_FUSED: tuple[LayerKind, ...] = ("norm", "other")  # part of their neighbours' time
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """Where a choice becomes a time: `build` cuts a model (weights do not matter), `runtime` runs it on `target`."""
+
+    build: Callable[[Choice], nn.Module]
+    runtime: Runtime
+    target: Target
+    example: Tensor
+    now: Callable[[], float] = time.perf_counter
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Measured:
+    shares: Array  # (P,) latency over the dense model's
+    dense_s: float
+
+
+def measure_table(
+    space: Space,
+    architecture: Architecture,
+    *,
+    bench: Bench,
+    key: str,
+    seed: int,
+    progress: Progress,
+    models: int | None = None,
+    check: int = 20,
+) -> LatencyTable:
+    """The latency table of `space` on the bench's target, fitted to `models` random models, checked on `check` others.
+
+    Tells `progress` the phase `profile` and one step a model. `key` is kept in the table. In a space with few choices
+    fewer models are used, a quarter of them for the check. Raises TargetError when a model cannot be run.
+    """
+    widths = WidthMap.of(architecture, space)
+    fitted, checked = _draw(space, models or _enough_models(space, architecture, widths), check, seed)
+    measured = _measure([*fitted, *checked], space.dense, bench, progress, seed)
+    if fitted:
+        designs = [_design(fitted, space, architecture, widths, block=block) for block in BLOCKS]
+        found = fit(designs, measured.shares[: len(fitted)], seed=seed)
+    else:
+        found = Fit(block=1, base=1.0, coefficients={})
+    unchecked = _table(found, key, measured.dense_s, len(fitted), TableCheck(models=0, median_error=0, worst_error=0))
+    result = _check(CostModel(architecture, space, unchecked), checked, measured.shares[len(fitted) :])
+    return unchecked.model_copy(update={"check": result})
+
+
+def _draw(space: Space, count: int, check: int, seed: int) -> tuple[list[Choice], list[Choice]]:
+    """Choices to fit and other choices to check. Small spaces give what they have, a quarter of it for the check."""
+    fitted = draw(space, count, np.random.default_rng([seed, 0]))
+    others = draw(space, count + check, np.random.default_rng([seed, 1]))
+    checked = [choice for choice in others if choice not in set(fitted)][:check]
+    moved = max(0, min(check, (len(fitted) + len(checked)) // 4) - len(checked))
+    split = len(fitted) - moved
+    return fitted[:split], [*checked, *fitted[split:]]
+
+
+def _enough_models(space: Space, architecture: Architecture, widths: WidthMap) -> int:
+    """Twice as many models as there are coefficients to find, within reason."""
+    choices = draw(space, MOST_MODELS, np.random.default_rng(0))
+    if not choices:
+        return FEWEST_MODELS
+    coefficients = len(_design(choices, space, architecture, widths, block=1).columns)
+    return min(max(FEWEST_MODELS, 2 * coefficients), MOST_MODELS)
+
+
+def _design(
+    choices: Sequence[Choice], space: Space, architecture: Architecture, widths: WidthMap, *, block: int
+) -> Design:
+    signatures = [None if layer.kind in _FUSED else layer.signature for layer in architecture.layers]
+    return design(widths.at(_stack(choices)), widths.at(_stack([space.dense])), signatures, block)
+
+
+def _measure(choices: Sequence[Choice], dense: Choice, bench: Bench, progress: Progress, seed: int) -> _Measured:
+    """Time `choices` in chunks, the dense model in each. Only one chunk of models is in memory at a time."""
+    progress.phase("profile", len(choices))
+    reference = _load(dense, bench)
+    shares: list[float] = []
+    dense_s: list[float] = []
+    for start in range(0, max(len(choices), 1), CHUNK - 1):
+        chunk = choices[start : start + CHUNK - 1]
+        sessions = [reference, *(_load(choice, bench) for choice in chunk)]
+        first, *others = interleave(
+            sessions, rounds=_ROUNDS, seconds_budget=_SECONDS_A_CHUNK, seed=seed + start, now=bench.now
+        )
+        dense_s.append(first.median)
+        shares.extend(timing.ratio for timing in others)
+        progress.step(len(chunk))
+    return _Measured(np.asarray(shares), float(np.median(dense_s)))
+
+
+def _load(choice: Choice, bench: Bench) -> Session:
+    return bench.runtime.load(bench.build(choice), bench.example, bench.target)
+
+
+def _table(found: Fit, key: str, dense_s: float, models: int, check: TableCheck) -> LatencyTable:
+    prices: dict[str, dict[str, float]] = {}
+    for (signature, feature), coefficient in found.coefficients.items():
+        if coefficient > 0:
+            prices.setdefault(signature, {})[feature] = coefficient
+    return LatencyTable(
+        key=key,
+        dense_s=dense_s,
+        base=found.base,
+        channel_block=found.block,
+        signatures=tuple(SignatureCost(signature=name, coefficients=prices[name]) for name in sorted(prices)),
+        fitted_models=models,
+        check=check,
+    )
+
+
+def _check(model: CostModel, choices: Sequence[Choice], shares: Array) -> TableCheck:
+    if not choices:
+        return TableCheck(models=0, median_error=0.0, worst_error=0.0)
+    predicted = model.evaluate("latency", _stack(choices)) / model.dense["latency"]
+    errors = np.abs(predicted / shares - 1.0)
+    return TableCheck(models=len(choices), median_error=float(np.median(errors)), worst_error=float(errors.max()))
+
+
+def _stack(choices: Sequence[Choice]) -> Choices:
+    return np.asarray(choices, dtype=np.int64)

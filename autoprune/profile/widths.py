@@ -1,0 +1,117 @@
+"""From choices to layer widths: how wide each layer is, and whether it is there at all. No costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoprune.core.architecture import Architecture, Width
+from autoprune.core.space import Choice, Space
+
+Choices = NDArray[np.int64]  # (P, U) option indices
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """Widths of L layers for each of P choices, all of shape (P, L); `present` is 0 where dropped, else 1."""
+
+    inputs: Array
+    outputs: Array
+    present: Array
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class WidthMap:
+    """How the options of U units set the widths of L layers."""
+
+    keeps: Array
+    """(U, O) channels kept by each option, the last repeated where a unit has fewer than O."""
+    parents: tuple[tuple[int, int], ...]
+    """(unit, block unit around it) pairs."""
+    removes: Array
+    """(U, L) 1 where a block unit's removal removes the layer, by itself or through a block within."""
+    input_fixed: Array
+    input_times: Array
+    output_fixed: Array
+    output_times: Array
+
+    @classmethod
+    def of(cls, architecture: Architecture, space: Space) -> Self:
+        """The map. Raises ValueError when a layer's width depends on a unit that the space does not have."""
+        input_fixed, input_times = _sides(space, [layer.inputs for layer in architecture.layers])
+        output_fixed, output_times = _sides(space, [layer.outputs for layer in architecture.layers])
+        return cls(
+            keeps=_keeps(space),
+            parents=tuple((unit, parent) for unit, parent in enumerate(space.parents()) if parent is not None),
+            removes=_removes(architecture, space),
+            input_fixed=input_fixed,
+            input_times=input_times,
+            output_fixed=output_fixed,
+            output_times=output_times,
+        )
+
+    def moot(self, choices: Choices) -> NDArray[np.bool_]:
+        """Which units' options do not matter because the block around them is dropped. Shape (P, U)."""
+        moot = np.zeros(choices.shape, dtype=np.bool_)
+        for unit, parent in self.parents:
+            moot[:, unit] = self.keeps[parent, choices[:, parent]] == 0
+        return moot
+
+    def normal(self, choices: Choices) -> Choices:
+        """The same decisions with everything inside a dropped block kept, as `Space.normal`. Shape (P, U)."""
+        return np.where(self.moot(choices), 0, choices)
+
+    def at(self, choices: Choices) -> Widths:
+        """Widths of all layers for `choices` of shape (P, U)."""
+        kept = self.keeps[np.arange(len(self.keeps)), self.normal(choices)]  # (P, U)
+        removers = (kept == 0).astype(np.float64) @ self.removes  # (P, L) how many dropped blocks hold the layer
+        return Widths(
+            inputs=self.input_fixed + kept @ self.input_times,
+            outputs=self.output_fixed + kept @ self.output_times,
+            present=(removers == 0).astype(np.float64),
+        )
+
+    def touched(self, unit: int) -> NDArray[np.intp]:
+        """Layers whose widths depend on `unit`."""
+        return np.flatnonzero(self.input_times[unit] + self.output_times[unit])
+
+
+def as_array(choice: Choice) -> Choices:
+    """One choice as an array of shape (1, U)."""
+    return np.asarray(choice, dtype=np.int64).reshape(1, -1)
+
+
+def _keeps(space: Space) -> Array:
+    longest = max(space.sizes, default=0)
+    rows = [[option.keep for option in entry.options] for entry in space.entries]
+    padded = [row + row[-1:] * (longest - len(row)) for row in rows]
+    return np.asarray(padded, dtype=np.float64).reshape(len(rows), longest)
+
+
+def _sides(space: Space, widths: list[Width]) -> tuple[Array, Array]:
+    """Fixed parts (L,) and, for each unit, how many channels one kept channel stands for (U, L)."""
+    index = {name: position for position, name in enumerate(space.names)}
+    times = np.zeros((len(index), len(widths)))
+    for layer, width in enumerate(widths):
+        for name, count in width.terms:
+            if name not in index:
+                raise ValueError(f"unit {name!r} sets a layer's width but is not in the space")
+            times[index[name], layer] += count
+    return np.asarray([width.fixed for width in widths], dtype=np.float64), times
+
+
+def _removes(architecture: Architecture, space: Space) -> Array:
+    index = {name: position for position, name in enumerate(space.names)}
+    parents = space.parents()
+    removes = np.zeros((len(index), len(architecture.layers)))
+    for position, layer in enumerate(architecture.layers):
+        unit = index.get(layer.block) if layer.block is not None else None
+        while unit is not None:
+            removes[unit, position] = 1
+            unit = parents[unit]
+    return removes

@@ -1,0 +1,1 @@
+"""What mends the chosen candidates."""

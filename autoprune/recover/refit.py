@@ -1,0 +1,228 @@
+"""Refit: every layer that lost inputs is solved again, one after the other, on what really reaches it.
+
+Compensation in the bank assumes that everything before a layer is dense. Here the inputs come from the pruned network as
+it is, and the target is what the dense network has at the same place: for a branch that is added to a shortcut the sum
+(so that errors of the shortcut, and of blocks dropped right after, are made up for too), else the layer's own output.
+Least squares with a ridge towards the weights at hand; no gradients, no labels.
+Layer-wise reconstruction with accumulated error: arXiv:1707.06168, section 3.2.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from autoprune.bank.patches import positions_of, sampled_outputs, sampled_patches
+from autoprune.bank.stitch import Candidate
+from autoprune.model.additions import addition_chains, watching_additions
+from autoprune.model.coupling import CONVOLUTIONS, NORMS
+from autoprune.model.cut import CutPlan
+from autoprune.model.flow import norm_scale, norms_after
+from autoprune.model.observe import watching
+
+
+@dataclass(frozen=True, slots=True)
+class RefitSettings:
+    """How much data a layer is solved on, and how firmly it holds on to its weights."""
+
+    patches: int = 49152
+    ridge: float = 1e-3
+    max_columns: int = 4608
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One layer to solve: what makes its output (`tail`: the layer or its norm) and where the target is read.
+
+    `target` is the dense model's layer whose output, or whose sum when `added`, is aimed at.
+    """
+
+    layer: str
+    norm: str | None
+    target: str
+    added: bool
+
+    @property
+    def tail(self) -> str:
+        """The module whose output is fitted."""
+        return self.norm or self.layer
+
+
+class _Stopped(Exception):  # noqa: N818 - control flow, not an error
+    """The forward pass has gone far enough."""
+
+
+@dataclass(slots=True)
+class _Normal:
+    """Normal equations of one layer, float64: inputs with a constant column against targets."""
+
+    gram: Tensor | float = 0.0
+    cross: Tensor | float = 0.0
+    count: int = 0
+
+    def see(self, inputs: Tensor, targets: Tensor) -> None:
+        """Add rows: inputs (rows, columns), targets (rows, outputs)."""
+        wide = torch.cat((inputs, torch.ones(len(inputs), 1)), 1)
+        self.gram = self.gram + (wide.T @ wide).double()
+        self.cross = self.cross + (wide.T @ targets).double()
+        self.count += len(inputs)
+
+    def solve(self, before: Tensor, ridge: float) -> Tensor:
+        """Rows (columns + 1, outputs) nearest to the targets, `before` being what the ridge pulls to."""
+        gram, cross = torch.as_tensor(self.gram) / self.count, torch.as_tensor(self.cross) / self.count
+        pull = torch.full((len(gram),), ridge * float(gram.diagonal()[:-1].mean()), dtype=torch.float64)
+        pull[-1] = 1e-9
+        return torch.linalg.solve(gram + torch.diag(pull), cross + pull[:, None] * before)
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What refits of one model share: the dense model and calibration batches."""
+
+    model: nn.Module
+    batches: tuple[Tensor, ...]
+    norms: dict[str, str]
+    settings: RefitSettings = field(default_factory=RefitSettings)
+
+    @classmethod
+    def of(cls, model: nn.Module, batches: Sequence[Tensor], settings: RefitSettings | None = None) -> Reference:
+        """Prepare refits of candidates of `model`."""
+        return cls(model, tuple(batches), norms_after(model, batches[0][:2]), settings or RefitSettings())
+
+
+def refit(reference: Reference, candidate: Candidate) -> int:
+    """Solve the layers of `candidate` (our own cut copy) in place, in execution order. Returns how many."""
+    sites = _sites(reference, candidate.plan, candidate.model)
+    with torch.no_grad():
+        targets = _dense_targets(reference, sites, candidate.plan)
+        for site in sites:
+            _solve_site(reference, candidate.model, site, targets[site.layer])
+    return len(sites)
+
+
+def _sites(reference: Reference, plan: CutPlan, model: nn.Module) -> list[Site]:
+    """Layers to solve, in execution order: those with cut inputs, and every branch that is added to a shortcut."""
+    tails = {norm: layer for layer, norm in reference.norms.items()}
+    modules = dict(model.named_modules())
+    layers = [n for n, m in modules.items() if isinstance(m, (*CONVOLUTIONS, nn.Linear)) and _is_solvable(m, reference)]
+    dropped = {block.name: block.layers for block in plan.dropped}
+    chains = addition_chains(
+        reference.model, reference.batches[0][:2], layers=[*tails, *(n for n in layers if n not in reference.norms)],
+        dropped=dropped,
+    )  # fmt: skip
+    added = {tails.get(chain.layer, chain.layer): chain for chain in chains}
+    sites = []
+    for name in layers:
+        norm, chain = reference.norms.get(name), added.get(name)
+        kept = plan.layers.get(name)
+        if chain is not None and not (plan.layers.get(chain.layer) and plan.layers[chain.layer].outputs is not None):
+            sites.append(Site(name, norm, chain.last, added=True))
+        elif kept is not None and kept.inputs is not None:
+            sites.append(Site(name, norm, norm or name, added=False))
+    return sites
+
+
+def _is_solvable(layer: nn.Module, reference: Reference) -> bool:
+    if isinstance(layer, CONVOLUTIONS):
+        return layer.groups == 1 and layer.weight[0].numel() <= reference.settings.max_columns
+    return isinstance(layer, nn.Linear) and layer.in_features <= reference.settings.max_columns
+
+
+def _chosen(site: str, batch: int, positions: int, each: int) -> Tensor:
+    """The sampled output positions of one batch: the same for the dense model and every candidate."""
+    generator = torch.Generator().manual_seed(zlib.crc32(site.encode()) + batch)
+    return torch.randperm(positions, generator=generator)[:each]
+
+
+def _each(reference: Reference) -> int:
+    return max(1, -(-reference.settings.patches // sum(len(batch) for batch in reference.batches)))
+
+
+def _dense_targets(reference: Reference, sites: Sequence[Site], plan: CutPlan) -> dict[str, list[Tensor]]:
+    """For every site the dense model's values at the sampled positions, one tensor a batch."""
+    modules = dict(reference.model.named_modules())
+    each = _each(reference)
+    targets: dict[str, list[Tensor]] = {site.layer: [] for site in sites}
+    sums = {site.target: site for site in sites if site.added}
+    own = {site.target: site for site in sites if not site.added}
+    batch_index = 0
+
+    def take(site: Site, values: Tensor) -> None:
+        layer = modules[site.layer]
+        chosen = _chosen(site.layer, batch_index, positions_of(layer, values), each)
+        picked = sampled_outputs(layer, values, chosen)
+        kept = plan.layers.get(site.tail)
+        targets[site.layer].append(picked if kept is None or kept.outputs is None else picked[:, kept.outputs])
+
+    def summed(name: str, _branch: Tensor, total: Tensor) -> None:
+        if name in sums:
+            take(sums[name], total)
+
+    hooks = {name: (lambda _x, y, site=site: take(site, y)) for name, site in own.items()}  # type: ignore[misc]
+    with watching(reference.model, hooks), watching_additions(reference.model, list(sums), summed):
+        for batch_index, batch in enumerate(reference.batches):
+            reference.model(batch)
+    return targets
+
+
+def _solve_site(reference: Reference, model: nn.Module, site: Site, targets: Sequence[Tensor]) -> None:
+    """Refit one layer of the candidate on what reaches it now."""
+    layer = model.get_submodule(site.layer)
+    normal, each = _Normal(), _each(reference)
+    patches = torch.empty(0)
+    chosen = torch.empty(0)
+    target = targets[0]
+
+    def enter(inputs: Tensor, output: Tensor) -> None:
+        nonlocal patches, chosen
+        chosen = _chosen(site.layer, index, positions_of(layer, output), each)
+        patches = sampled_patches(layer, inputs, chosen)
+        if not site.added:
+            normal.see(patches, target)
+            raise _Stopped
+
+    def summed(_name: str, branch: Tensor, total: Tensor) -> None:
+        normal.see(patches, target - sampled_outputs(layer, total - branch, chosen))
+        raise _Stopped
+
+    with ExitStack() as stack:
+        stack.enter_context(watching(model, {site.layer: enter}))
+        if site.added:
+            stack.enter_context(watching_additions(model, [site.tail], summed))
+        for index, batch in enumerate(reference.batches):
+            target = targets[index]
+            try:
+                model(batch)
+            except _Stopped:
+                continue
+    norm = model.get_submodule(site.norm) if site.norm else None
+    _write(layer, norm, normal, reference.settings.ridge)
+
+
+def _write(layer: nn.Module, norm: nn.Module | None, normal: _Normal, ridge: float) -> None:
+    """Put the solution into the layer and, for the constant, into its norm's shift or its own bias."""
+    assert isinstance(layer, (*CONVOLUTIONS, nn.Linear))
+    weight = layer.weight.detach()
+    scale = norm_scale(norm) if norm is not None else torch.ones(len(weight), dtype=torch.float64)
+    scale = torch.where(scale.abs() < 1e-6, 1e-6, scale)
+    constant = layer.bias.detach().double() if layer.bias is not None else torch.zeros(len(weight), dtype=torch.float64)
+    if isinstance(norm, NORMS):
+        assert norm.running_mean is not None
+        shift = norm.bias.detach().double() if norm.affine else torch.zeros_like(scale)
+        constant = shift + scale * (constant - norm.running_mean.double())
+    before = torch.cat((weight.double().flatten(1) * scale[:, None], constant[:, None]), 1).T
+    solved = normal.solve(before, ridge)
+    if not bool(torch.isfinite(solved).all()):
+        return
+    layer.weight.data = (solved[:-1].T / scale[:, None]).reshape(weight.shape).to(weight.dtype)
+    difference = solved[-1] - constant
+    if isinstance(norm, NORMS):
+        assert norm.running_mean is not None
+        norm.running_mean = (norm.running_mean.double() - difference / scale).to(norm.running_mean.dtype)
+    elif layer.bias is not None:
+        layer.bias.data = solved[-1].to(weight.dtype)

@@ -1,0 +1,69 @@
+"""Numbers for people: scores, latencies, costs and shares as short texts. Knows no tables and no HTML."""
+
+from __future__ import annotations
+
+from autoprune.core.budget import shown
+from autoprune.core.policy import LatencyRecord, Measured, ScoreRecord
+
+NOTHING = "–"
+_PERCENT_METRICS = ("top1", "top5")
+
+
+def value(number: float, metric: str) -> str:
+    """A metric's value: `93.4 %` for accuracies, four significant digits otherwise."""
+    return f"{number * 100:.2f} %" if metric in _PERCENT_METRICS else f"{number:.4g}"
+
+
+def score(record: ScoreRecord | None, metric: str) -> str:
+    """A metric with its standard error: `93.40 ± 0.25 %`."""
+    if record is None:
+        return NOTHING
+    if metric in _PERCENT_METRICS:
+        return f"{record.value * 100:.2f} ± {record.stderr * 100:.2f} %"
+    return f"{record.value:.4g} ± {record.stderr:.2g}"
+
+
+def milliseconds(number: float | None) -> str:
+    """`4.93 ms`, three significant digits."""
+    return NOTHING if number is None else f"{digits(number)} ms"
+
+
+def digits(number: float) -> str:
+    """Three significant digits without an exponent in the usual range: `0.0123`, `4.90`, `1230`."""
+    size = abs(number)
+    if size == 0 or size >= 1e6 or size < 1e-4:
+        return f"{number:.3g}"
+    for places, least in ((0, 100.0), (1, 10.0), (2, 1.0), (3, 0.1), (4, 0.01)):
+        if size >= least:
+            return f"{number:.{places}f}"
+    return f"{number:.3g}"
+
+
+def spread(record: LatencyRecord | None) -> str:
+    """p10 to p90 in milliseconds: `4.85–5.02`."""
+    return NOTHING if record is None else f"{digits(record.p10)}–{digits(record.p90)}"
+
+
+def median(record: LatencyRecord | None) -> str:
+    """Median latency: `4.93 ms`."""
+    return milliseconds(None if record is None else record.median)
+
+
+def share(number: float | None) -> str:
+    """A share in percent: `51.3 %`."""
+    return NOTHING if number is None else f"{number * 100:.1f} %"
+
+
+def counted(model: Measured) -> tuple[str, str, str]:
+    """MACs, parameters and bytes: `62.7 MMACs`, `0.43 Mparams`, `1.7 MB`."""
+    return cost("macs", model.macs), cost("params", model.params), cost("size", model.size_bytes)
+
+
+def cost(metric: str, number: float) -> str:
+    """A cost in its own unit (seconds, MACs, parameters, bytes)."""
+    return f"{digits(number * 1e3)} ms" if metric == "latency" else shown(metric, number)
+
+
+def label(name: str) -> str:
+    """`global_magnitude` as `global magnitude`."""
+    return name.replace("_", " ")

@@ -1,0 +1,135 @@
+"""Records as tables for the terminal. Knows rich's renderables, not how or where they are printed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from autoprune.core.outcome import OutcomeRecord, UnitRecord, VerifyRecord
+from autoprune.core.policy import Measured, Policy, UnitDecision
+from autoprune.report import numbers
+
+BAR_WIDTH = 24
+
+
+def units_table(units: Sequence[UnitRecord], *, notes: Iterable[str] = ()) -> RenderableType:
+    """What can be pruned: name, kind, width, shares of MACs and latency; notes below."""
+    table = _table("unit", "kind", numeric=("width", "MACs", "latency"))
+    for unit in units:
+        shares = numbers.share(unit.macs_share), numbers.share(unit.latency_share)
+        table.add_row(Text(unit.name), unit.kind, str(unit.width), *shares)
+    count = Text(f"{len(units)} units", style="bold")
+    return Group(count, table, *_notes(notes))
+
+
+def policy_view(policy: Policy) -> RenderableType:
+    """A policy: header, widths as bars, evidence."""
+    parts: list[RenderableType] = [_header(policy), _widths(policy.units)]
+    evidence = policy.evidence
+    if evidence is not None:
+        rows = {"dense": evidence.dense, "pruned": evidence.pruned}
+        parts.append(measured_table({**rows, **evidence.baselines}, metric=evidence.metric))
+        if not evidence.verified:
+            parts.append(Text("These numbers are predicted, not measured: run `autoprune verify`.", style="yellow"))
+    return Group(*_spaced(parts))
+
+
+def outcome_view(outcome: OutcomeRecord) -> RenderableType:
+    """The result of one budget: verdict, dense against chosen against baselines, notes."""
+    rows = {"dense": outcome.dense, "chosen": outcome.chosen, **outcome.baselines}
+    parts: list[RenderableType] = [
+        _verdict(outcome.verdict, met=outcome.met),
+        measured_table(rows, metric=outcome.metric),
+    ]
+    if outcome.baselines and not outcome.beats_baselines:
+        parts.append(Text("The search did not beat the baselines; use the better one of them.", style="yellow"))
+    parts.extend(_notes(outcome.notes))
+    return Group(*parts)
+
+
+def verify_view(record: VerifyRecord, *, metric: str) -> RenderableType:
+    """What a verification measured."""
+    table = measured_table({"dense": record.dense, "pruned": record.pruned}, metric=metric)
+    return Group(_verdict(record.verdict, met=record.met), table)
+
+
+def measured_table(rows: Mapping[str, Measured], *, metric: str) -> Table:
+    """One row a model: metric, latency with spread, ratio, prediction, counts."""
+    columns = (metric, "latency", "p10–p90", "ratio", "predicted", "MACs", "params", "size")
+    table = _table("model", numeric=columns)
+    for name, model in rows.items():
+        cells = (
+            numbers.score(model.score, metric),
+            numbers.median(model.latency_ms),
+            numbers.spread(model.latency_ms),
+            numbers.share(model.ratio),
+            numbers.milliseconds(model.predicted_ms),
+            *numbers.counted(model),
+        )
+        style = "bold" if name in ("chosen", "pruned") else ""
+        table.add_row(Text(numbers.label(name)), *cells, style=style)
+    return table
+
+
+def plain(view: RenderableType, *, width: int = 120) -> str:
+    """`view` as text without colours."""
+    console = Console(width=width, color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(view)
+    return capture.get()
+
+
+def _table(*text_columns: str, numeric: Iterable[str]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for name in text_columns:
+        table.add_column(name, overflow="fold")
+    for name in numeric:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _header(policy: Policy) -> RenderableType:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    grid.add_column(overflow="fold")
+    if policy.model is not None:
+        grid.add_row("model", Text(f"{policy.model.name} ({policy.model.params:,} parameters)"))
+    if policy.target is not None:
+        where = f" — {policy.target.where}" if policy.target.where else ""
+        parts = f"{policy.target.runtime} {policy.target.device}, {policy.target.threads} thread(s)"
+        grid.add_row("target", Text(f"{parts}, batch {policy.target.batch}{where}"))
+    limits = [*policy.budget.values(), *(f"{numbers.label(key)} {limit:g}" for key, limit in policy.floor.items())]
+    if limits:
+        grid.add_row("budget", Text(", ".join(limits)))
+    grid.add_row("units", f"{len(policy.units)} changed, all others kept")
+    return grid
+
+
+def _widths(units: Mapping[str, UnitDecision]) -> Table:
+    table = _table("unit", "kept", numeric=("width",))
+    table.add_column("method")
+    for name, unit in units.items():
+        mended = f" + {numbers.label(unit.compensate)}" if unit.compensate != "none" else ""
+        kept = "dropped" if unit.keep == 0 else f"{unit.keep} of {unit.of}"
+        table.add_row(Text(name), _bar(unit), kept, Text(f"{unit.method}{mended}"))
+    return table
+
+
+def _bar(unit: UnitDecision) -> Text:
+    filled = round(BAR_WIDTH * unit.keep / unit.of)
+    return Text("█" * filled, style="cyan") + Text("░" * (BAR_WIDTH - filled), style="dim")
+
+
+def _verdict(sentence: str, *, met: bool) -> Text:
+    return Text(f"{'met' if met else 'missed'}: {sentence}", style="bold green" if met else "bold red")
+
+
+def _notes(notes: Iterable[str]) -> list[RenderableType]:
+    return [Text(f"note: {note}", style="dim") for note in notes]
+
+
+def _spaced(parts: Sequence[RenderableType]) -> list[RenderableType]:
+    return [item for part in parts for item in (part, Text(""))][:-1]

@@ -1,0 +1,102 @@
+"""Eager PyTorch as a runtime: for models that nothing else takes, and for targets that run torch itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from autoprune.core.target import Target
+from autoprune.errors import TargetError
+from autoprune.runtimes.base import Array
+from autoprune.runtimes.shared import cause, whole
+
+
+@final
+class TorchSession:
+    """A copy of a model in eval mode, on its device, with its example input."""
+
+    def __init__(self, model: nn.Module, example: Tensor, target: Target) -> None:
+        self._device = torch.device(target.device)
+        self._model = copy.deepcopy(model).to(self._device).eval().requires_grad_(False)
+        self._example = example.detach().to(self._device)
+        self._threads = target.threads
+
+    def run(self, inputs: Array) -> Array:
+        """First output for `inputs`."""
+        with torch.inference_mode(), _threads(self._threads):
+            output = self._model(torch.from_numpy(inputs).to(self._device))
+        return np.asarray(_first(output).cpu().numpy(), dtype=np.float32)
+
+    def invoke(self) -> None:
+        """Run on the example and wait until it is done, result thrown away."""
+        with torch.inference_mode(), _threads(self._threads):
+            self._model(self._example)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+
+
+@final
+class TorchRuntime:
+    """Times and ships models with PyTorch itself."""
+
+    name: str = "torch"
+
+    def version(self) -> str:
+        """PyTorch's version."""
+        return str(torch.__version__)
+
+    def load(self, model: nn.Module, example: Tensor, target: Target) -> TorchSession:
+        """A session for inputs of `example`'s shape, run once. Raises TargetError when the model does not run."""
+        if target.device == "cuda" and not torch.cuda.is_available():
+            raise TargetError("target: device 'cuda' asked for, but torch sees none; set device: cpu")
+        try:
+            session = TorchSession(model, example, target)
+            session.invoke()
+        except Exception as error:
+            raise TargetError(
+                f"torch: the model does not run on inputs of shape {tuple(example.shape)} ({cause(error)}); check the "
+                f"example input"
+            ) from error
+        return session
+
+    def save(self, model: nn.Module, example: Tensor, path: Path) -> None:
+        """Write a `torch.export` archive (.pt2), its batch free where the model allows. Whole or not at all."""
+        frozen = copy.deepcopy(model).cpu().eval()
+        # torch.export takes a batch of one for a constant, so a free batch is traced with two.
+        inputs = torch.cat([example, example]).detach().cpu()
+        try:
+            program = torch.export.export(frozen, (inputs,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+        except Exception as error:
+            raise TargetError(f"torch: torch.export cannot take the model ({cause(error)})") from error
+        with whole(path) as temporary:
+            torch.export.save(program, temporary)
+
+
+@contextmanager
+def _threads(wanted: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if before == wanted:
+        yield
+        return
+    torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _first(output: object) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, (tuple, list)):
+        return _first(output[0])
+    if isinstance(output, dict):
+        return _first(next(iter(output.values())))
+    raise TargetError(f"torch: the model returns a {type(output).__name__}; it must return a tensor, or some in a row")

@@ -1,0 +1,97 @@
+"""What a search must beat at the same budget: uniform pruning, and global magnitude pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from autoprune.core.space import Choice
+from autoprune.core.unit import Compensate
+from autoprune.search.problem import Floats, Ints, Problem, as_choice
+
+_SLACK = 1e-9  # of rounding in a fraction times a width
+
+
+def uniform(problem: Problem, *, method: str, compensate: Compensate = "none") -> Choice | None:
+    """The largest common kept fraction of all channel units that fits; blocks are kept.
+
+    Each unit takes its widest option of this method at most that wide (its narrowest, when none is so narrow), or
+    stays whole. None when even the narrowest does not fit.
+    """
+    menu = _menu(problem, method, compensate)
+    fractions = np.unique(np.concatenate([[1.0], *(keeps / keeps[0] for keeps, _ in menu.values())]))[::-1]
+    choices = np.array([_by_unit(problem, menu, _shares(menu, float(ratio))) for ratio in fractions])
+    fitting = np.flatnonzero(problem.fits_each(choices))
+    return as_choice(choices[fitting[0]]) if len(fitting) else None
+
+
+def global_magnitude(
+    problem: Problem, scores: Mapping[str, Sequence[float]], *, method: str = "l2", compensate: Compensate = "none"
+) -> Choice | None:
+    """One threshold for all channels: those whose score, over its unit's mean score, is above it stay.
+
+    `scores` has one non-negative number a channel for each channel unit, by unit name; units without are kept. The
+    lowest threshold that fits is found by bisection, taking costs to fall as it rises. Blocks are kept, and a unit
+    takes its widest option of this method with at most the channels that stay. None when nothing fits.
+    """
+    menu = {unit: entry for unit, entry in _menu(problem, method, compensate).items() if _name(problem, unit) in scores}
+    normal = {unit: np.sort(_normalised(scores[_name(problem, unit)])) for unit in menu}
+    levels = np.unique(np.concatenate([[-1.0], *normal.values()]))
+
+    def at(position: int) -> Ints:
+        staying = {unit: float((values > levels[position]).sum()) for unit, values in normal.items()}
+        return _by_unit(problem, menu, staying)
+
+    def fits(position: int) -> bool:
+        return problem.fits(as_choice(at(position)))
+
+    low, high = 0, len(levels) - 1
+    if not fits(high):
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    return as_choice(at(high))
+
+
+_Menu = dict[int, tuple[Ints, Ints]]
+"""For a channel unit: (widths, option indices), widest first; the first is the unit left whole."""
+
+
+def _menu(problem: Problem, method: str, compensate: Compensate) -> _Menu:
+    menu: _Menu = {}
+    for unit, entry in enumerate(problem.space.entries):
+        if entry.unit.kind != "channels":
+            continue
+        indices = [
+            index
+            for index, option in enumerate(entry.options)
+            if index == 0 or (option.method == method and option.compensate == compensate)
+        ]
+        keeps = [entry.options[index].keep for index in indices]
+        menu[unit] = (np.array(keeps, dtype=np.int64), np.array(indices, dtype=np.int64))
+    return menu
+
+
+def _shares(menu: _Menu, ratio: float) -> dict[int, float]:
+    return {unit: ratio * float(keeps[0]) for unit, (keeps, _) in menu.items()}
+
+
+def _by_unit(problem: Problem, menu: _Menu, staying: Mapping[int, float]) -> Ints:
+    """(units,): for each unit its widest option with at most `staying` channels, else its narrowest."""
+    row = np.zeros(len(problem.space.entries), dtype=np.int64)
+    for unit, (keeps, indices) in menu.items():
+        narrow = np.flatnonzero(keeps <= staying[unit] + _SLACK)
+        row[unit] = indices[narrow[0]] if len(narrow) else indices[-1]
+    return row
+
+
+def _normalised(scores: Sequence[float]) -> Floats:
+    values = np.asarray(scores, dtype=np.float64)
+    mean = float(values.mean())
+    return values / mean if mean > 0 else values
+
+
+def _name(problem: Problem, unit: int) -> str:
+    return problem.space.names[unit]

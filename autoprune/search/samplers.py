@@ -1,0 +1,61 @@
+"""Samplers by name: our own, and Optuna's on the same space under the same named constraints."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable, Mapping
+
+import optuna
+from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
+
+from autoprune.errors import ConfigError, near_miss
+from autoprune.search.problem import Problem
+from autoprune.search.sampler import BudgetSampler
+
+_POPULATION = 20
+
+
+def sampler_by_name(name: str, problem: Problem, *, seed: int = 0) -> BaseSampler:
+    """The sampler called `name`. Raises ConfigError for an unknown name or a missing package, saying what to do."""
+    if name not in SAMPLERS:
+        raise ConfigError(f"sampler: there is no {name!r}; {near_miss(name, SAMPLERS)}")
+    return SAMPLERS[name](problem, seed)
+
+
+def _budget(problem: Problem, seed: int) -> BaseSampler:
+    return BudgetSampler(problem, seed=seed)
+
+
+def _tpe(problem: Problem, seed: int) -> BaseSampler:  # noqa: ARG001
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return TPESampler(multivariate=True, seed=seed, warn_independent_sampling=False)
+
+
+def _cmaes(problem: Problem, seed: int) -> BaseSampler:  # noqa: ARG001
+    if importlib.util.find_spec("cmaes") is None:
+        raise ConfigError("sampler: 'cmaes' needs the package cmaes; pip install 'autoprune[samplers]', or choose tpe")
+    return CmaEsSampler(seed=seed, warn_independent_sampling=False)
+
+
+def _nsga2(problem: Problem, seed: int) -> BaseSampler:  # noqa: ARG001
+    return NSGAIISampler(seed=seed, population_size=_POPULATION)
+
+
+def _gp(problem: Problem, seed: int) -> BaseSampler:  # noqa: ARG001
+    return GPSampler(seed=seed, deterministic_objective=True)
+
+
+def _random(problem: Problem, seed: int) -> BaseSampler:  # noqa: ARG001
+    return RandomSampler(seed=seed)
+
+
+SAMPLERS: Mapping[str, Callable[[Problem, int], BaseSampler]] = {
+    "budget": _budget,
+    "tpe": _tpe,
+    "cmaes": _cmaes,
+    "nsga2": _nsga2,
+    "gp": _gp,
+    "random": _random,
+}

@@ -1,0 +1,104 @@
+"""Search space files: which methods, how many widths, what is protected. Read, checked, and laid over a model's units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from autoprune.core.space import Space, UnitOptions
+from autoprune.core.unit import DROP, Compensate, Option, Unit, keep_all
+from autoprune.errors import ConfigError, listed, near_miss
+from autoprune.files import read_yaml
+from autoprune.problems import problems_of
+
+
+class MethodChoice(BaseModel):
+    """A method and what happens to the rest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str
+    compensate: Compensate = "none"
+
+
+class SpaceSpec(BaseModel):
+    """The content of a search space file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    about: str = ""
+    methods: tuple[MethodChoice, ...] = Field(min_length=1)
+    levels: Annotated[int, Field(ge=2, le=256)] = 16
+    """Widths tried for each unit: `levels` even steps of its width, and the edges of the runtime's blocks."""
+    min_keep: Annotated[float, Field(gt=0, le=1)] = 0.0625
+    """Smallest share of a unit's channels that may stay."""
+    channels: bool = True
+    blocks: bool = True
+    protect: tuple[str, ...] = ()
+    """Globs of module names that stay as they are."""
+
+
+def load_space(name: str, folder: Path) -> SpaceSpec:
+    """A space by preset name (`cnn-channels`) or path of a YAML file relative to `folder`."""
+    path = _preset(name) if not name.endswith((".yaml", ".yml")) else folder / name
+    if not path.exists():
+        raise ConfigError(f"space: {name!r} does not exist at {path}; presets: {', '.join(presets())}")
+    content = read_yaml(path)
+    try:
+        return SpaceSpec.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(
+            f"{path}:\n{listed([f'{key}: {text}' for key, text in problems_of(error, SpaceSpec)])}"
+        ) from None
+
+
+def _folder() -> Path:
+    packaged = Path(str(files("autoprune"))) / "search_spaces"
+    return packaged if packaged.is_dir() else Path(str(files("autoprune"))).parent / "search_spaces"
+
+
+def presets() -> tuple[str, ...]:
+    """Names of the spaces that come with autoprune."""
+    return tuple(sorted(path.stem for path in _folder().glob("*.yaml")))
+
+
+def _preset(name: str) -> Path:
+    if name not in presets():
+        raise ConfigError(
+            f"space: unknown preset {name!r}; {near_miss(name, presets())} (or a path that ends in .yaml)"
+        )
+    return _folder() / f"{name}.yaml"
+
+
+def resolve(
+    units: Sequence[Unit], spec: SpaceSpec, *, aligned: Callable[[Unit], Sequence[int]] | None = None,
+    ranked: Callable[[Unit, str], bool] = lambda unit, method: True,
+) -> Space:  # fmt: skip
+    """The options of every unit. `aligned` gives a unit's widths at the runtime's steps, once they are measured;
+    `ranked` says whether a method could rank a unit (a layer too wide for second moments cannot be).
+    """
+    entries = []
+    for unit in units:
+        if unit.kind == "block":
+            options: tuple[Option, ...] = (DROP,) if spec.blocks else ()
+        else:
+            widths = _widths(unit, spec, aligned(unit) if aligned else ()) if spec.channels else ()
+            options = tuple(
+                Option(choice.method, width, choice.compensate)
+                for width in widths
+                for choice in spec.methods
+                if ranked(unit, choice.method)
+            )
+        entries.append(UnitOptions(unit, (keep_all(unit), *options)))
+    return Space(tuple(entries))
+
+
+def _widths(unit: Unit, spec: SpaceSpec, aligned: Sequence[int]) -> list[int]:
+    """Widths below the full one, widest first: even steps and the runtime's edges, never below one."""
+    least = max(1, round(unit.width * spec.min_keep))
+    even = {round(unit.width * step / spec.levels) for step in range(1, spec.levels)}
+    return sorted({width for width in even | set(aligned) if least <= width < unit.width}, reverse=True)

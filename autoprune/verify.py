@@ -1,0 +1,105 @@
+"""Verification: the only place that claims a number. Really cut, on the real runtime, beside the dense model.
+
+Latency is measured interleaved with the dense model in one loop. Absolute times drift on shared machines, so a claim is
+the paired ratio times the dense model's reference latency, and the raw times stand beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from autoprune.core.budget import Metric
+from autoprune.core.policy import LatencyRecord, Measured, ScoreRecord
+from autoprune.core.target import Target
+from autoprune.data import Part
+from autoprune.evaluators.base import Evaluator
+from autoprune.profile.clock import Timing, interleave
+from autoprune.runtimes.base import Runtime, Session
+from autoprune.search.scorer import outputs_of
+
+_CHUNK = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Stopwatch:
+    """Times models on the target against the dense one."""
+
+    runtime: Runtime
+    target: Target
+    example: Tensor
+    dense: Session
+    seconds_each: float = 4.0
+    rounds: int = 60
+
+    @classmethod
+    def of(cls, model: nn.Module, runtime: Runtime, target: Target, *, example: Tensor) -> Stopwatch:
+        """Load the dense `model` once. `example` has the target's batch."""
+        return cls(runtime, target, example, runtime.load(model, example, target))
+
+    def compare(self, models: Sequence[nn.Module], *, seed: int = 0) -> tuple[Timing, tuple[Timing, ...]]:
+        """Timings of the dense model and of `models`, all in turns (in chunks, to bound memory)."""
+        timings: list[Timing] = []
+        dense: list[Timing] = []
+        for start in range(0, max(len(models), 1), _CHUNK):
+            chunk = [self.runtime.load(model, self.example, self.target) for model in models[start : start + _CHUNK]]
+            budget = self.seconds_each * (len(chunk) + 1)
+            first, *others = interleave(
+                [self.dense, *chunk], rounds=self.rounds, seconds_budget=budget, seed=seed + start
+            )
+            dense.append(first)
+            timings.extend(others)
+        return _joined(dense), tuple(timings)
+
+    def agreement(self, model: nn.Module) -> float:
+        """Largest difference between the runtime's output and torch's, over the largest output."""
+        session = self.runtime.load(model, self.example, self.target)
+        with torch.no_grad():
+            wanted = outputs_of(model, [self.example])
+        got = torch.from_numpy(session.run(self.example.numpy()))
+        return float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6))
+
+
+def _joined(timings: Sequence[Timing]) -> Timing:
+    seconds = tuple(second for timing in timings for second in timing.seconds)
+    return Timing(seconds, (1.0,) * len(seconds))
+
+
+def latency_record(timing: Timing, *, reference_s: float | None = None) -> LatencyRecord:
+    """Milliseconds. With `reference_s` the ratios to the dense model times its reference latency, else as read."""
+    values = sorted(timing.seconds if reference_s is None else [ratio * reference_s for ratio in timing.ratios])
+
+    def quantile(share: float) -> float:
+        return round(1e3 * values[min(len(values) - 1, int(share * len(values)))], 4)
+
+    return LatencyRecord(median=quantile(0.5), p10=quantile(0.1), p90=quantile(0.9), runs=len(values))
+
+
+def score(model: nn.Module, evaluator: Evaluator, part: Part, *, batch: int = 128) -> ScoreRecord:
+    """The metric on `part`, with its standard error."""
+    outputs = outputs_of(model, [piece for piece in part.inputs.split(batch)])
+    values = evaluator.per_sample(outputs, part.targets)
+    spread = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return ScoreRecord(value=round(float(values.mean()), 6), n=len(values), stderr=round(spread, 6))
+
+
+def size_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers: what a state dict of the model holds."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+
+
+def params(model: nn.Module) -> int:
+    """Number of parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def overruns(measured: Measured, limits: Mapping[Metric, float]) -> dict[Metric, float]:
+    """For each missed limit by which factor: 1.04 is 4 % over. Empty when all are met."""
+    values: dict[Metric, float] = {"macs": measured.macs, "params": measured.params, "size": measured.size_bytes}
+    if measured.latency_ms is not None:
+        values["latency"] = measured.latency_ms.median / 1e3
+    return {metric: values[metric] / limit for metric, limit in limits.items() if values[metric] > limit}
