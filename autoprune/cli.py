@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 from pydantic import BaseModel
-from rich.text import Text
 
 from autoprune import __version__
 from autoprune.config import FILE_NAME, Config, demo_config, json_schema, load_config
@@ -149,7 +148,7 @@ def apply(
         written: dict[str, Path]
         written = _api().apply_policy(policy, config, folder=folder, output=output, progress=display)
     for kind, path in written.items():
-        display.show(Text(f"{kind}: {path}"))
+        display.show(text.line(f"{kind}: {path}"))
     display.result({"written": {kind: str(path) for kind, path in written.items()}})
 
 
@@ -177,7 +176,7 @@ def init(
     """Write a commented autoprune.yaml and a model.py to fill in."""
     written = [str(path) for path in write_files(folder, force=force)]
     display = make_display(mode)
-    display.show(Text(f"wrote {' and '.join(written)}; fill in model.py, then: autoprune units"))
+    display.show(text.line(f"wrote {' and '.join(written)}; fill in model.py, then: autoprune units"))
     display.result({"written": written})
 
 

@@ -135,7 +135,6 @@ class SearchConfig(_Section):
     sampler: str = Field(default="budget", min_length=1, description="Who proposes candidates.")
     finalists: Count = Field(default=6, description="Candidates that are really cut, exported, timed and scored.")
     refit: StrictBool = Field(default=True, description="Refit the chosen candidate's weights by least squares.")
-    workers: Count = Field(default=1, description="Processes that evaluate candidates.")
 
 
 class Config(_Section):

@@ -38,8 +38,9 @@ _CAUSES = {
 
 def cause(error: OSError) -> str:
     """Why the system refused, and what to do."""
-    if error.errno in _CAUSES:
-        return _CAUSES[error.errno]
+    code = errno.ENOENT if isinstance(error, FileNotFoundError) else error.errno  # some libraries leave errno out
+    if code in _CAUSES:
+        return _CAUSES[code]
     return error.strerror or str(error)
 
 

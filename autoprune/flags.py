@@ -49,7 +49,6 @@ FLAGS = (
     Flag("search.sampler", ("--sampler",), str, "Who proposes candidates."),
     Flag("search.finalists", ("--finalists",), int, "Candidates that are really cut, timed and scored."),
     Flag("search.refit", ("--refit/--no-refit",), bool, "Refit the chosen candidate's weights."),
-    Flag("search.workers", ("--workers",), int, "Processes that evaluate candidates."),
     Flag("run", ("--run",), str, "Run folder; a later search in it reuses what was measured."),
 )
 

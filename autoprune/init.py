@@ -55,7 +55,6 @@ search:
   sampler: budget
   finalists: 6                 # candidates that are really cut, exported, timed and scored
   refit: true                  # refit the chosen candidate's weights
-  workers: 1
 
 # Everything durable goes here; a second search in the same folder reuses what was measured.
 # run: runs/autoprune

@@ -1,4 +1,4 @@
-"""Search space files: which methods, how many widths, what is protected. Read, checked, and laid over a model's units."""
+"""Search space files: which methods and widths, what is protected. Read, checked, and laid over a model's units."""
 
 from __future__ import annotations
 
@@ -75,23 +75,17 @@ def _preset(name: str) -> Path:
 
 
 def resolve(
-    units: Sequence[Unit], spec: SpaceSpec, *, aligned: Callable[[Unit], Sequence[int]] | None = None,
-    ranked: Callable[[Unit, str], bool] = lambda unit, method: True,
-) -> Space:  # fmt: skip
-    """The options of every unit. `aligned` gives a unit's widths at the runtime's steps, once they are measured;
-    `ranked` says whether a method could rank a unit (a layer too wide for second moments cannot be).
-    """
+    units: Sequence[Unit], spec: SpaceSpec, *, aligned: Callable[[Unit], Sequence[int]] | None = None
+) -> Space:
+    """The options of every unit. `aligned` gives a unit's widths at the runtime's steps, once they are measured."""
     entries = []
     for unit in units:
         if unit.kind == "block":
             options: tuple[Option, ...] = (DROP,) if spec.blocks else ()
         else:
-            widths = _widths(unit, spec, aligned(unit) if aligned else ()) if spec.channels else ()
+            widths = _widths(unit, spec, aligned(unit) if aligned else ()) if spec.channels else []
             options = tuple(
-                Option(choice.method, width, choice.compensate)
-                for width in widths
-                for choice in spec.methods
-                if ranked(unit, choice.method)
+                Option(choice.method, width, choice.compensate) for width in widths for choice in spec.methods
             )
         entries.append(UnitOptions(unit, (keep_all(unit), *options)))
     return Space(tuple(entries))

@@ -81,7 +81,7 @@ def latency_record(timing: Timing, *, reference_s: float | None = None) -> Laten
 
 def score(model: nn.Module, evaluator: Evaluator, part: Part, *, batch: int = 128) -> ScoreRecord:
     """The metric on `part`, with its standard error."""
-    outputs = outputs_of(model, [piece for piece in part.inputs.split(batch)])
+    outputs = outputs_of(model, torch.split(part.inputs, batch))
     values = evaluator.per_sample(outputs, part.targets)
     spread = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return ScoreRecord(value=round(float(values.mean()), 6), n=len(values), stderr=round(spread, 6))

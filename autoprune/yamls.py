@@ -55,6 +55,13 @@ class _Dumper(yaml.SafeDumper):
         """Write every value out."""
         return True
 
+    def represent_text(self, data: str) -> ScalarNode:
+        """A text; one with line breaks or invisible characters is escaped, for quotes alone would fold them."""
+        return self.represent_scalar(_TAG + "str", data, style=None if data.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
 
 for _kind, _pattern, _first in (
     ("bool", _BOOL, list("tTfF")),
@@ -79,7 +86,12 @@ def parse(text: str, *, name: str, error: type[AutopruneError]) -> object:
         raise error(f"{name}{_where(bad)}: {_why(bad)}") from bad
     except yaml.YAMLError as bad:
         raise error(f"{name}: is not a YAML file: {' '.join(str(bad).split())}") from bad
-    except (ValueError, ArithmeticError, IndexError, RecursionError) as bad:  # PyYAML's scanner on escapes outside Unicode
+    except (
+        ValueError,
+        ArithmeticError,
+        IndexError,
+        RecursionError,
+    ) as bad:  # PyYAML's scanner on escapes outside Unicode
         raise error(f"{name}: is not a YAML file: {bad}") from bad
 
 

@@ -37,7 +37,9 @@ def policy() -> Policy:
         model=ModelIdentity(
             name="resnet56", fingerprint="sha256:ab12", structure="sha256:cd34", params=855770, example=[[1, 3, 32, 32]]
         ),
-        target=TargetRecord(runtime="onnxruntime", device="cpu", threads=1, batch=1, where="a laptop: 8 cores, no, # 1"),
+        target=TargetRecord(
+            runtime="onnxruntime", device="cpu", threads=1, batch=1, where="a laptop: 8 cores, no, # 1"
+        ),
         budget={"latency": "5ms"},
         floor={"max_drop": 0.02},
         evidence=Evidence(
@@ -60,7 +62,9 @@ def outcome(name: str = "resnet56") -> OutcomeRecord:
         for number in range(12)
     ]
     units = (
-        UnitRecord(name=f"{name}.conv", kind="channels", width=16, keep=10, method="obs", macs_share=0.3, latency_share=0.2),
+        UnitRecord(
+            name=f"{name}.conv", kind="channels", width=16, keep=10, method="obs", macs_share=0.3, latency_share=0.2
+        ),
         UnitRecord(name="block", kind="block", width=1, keep=0, method="drop", macs_share=0.1, latency_share=None),
     )
     base = policy().evidence

@@ -64,7 +64,7 @@ def toy_space(children: tuple[int, ...], levels: int, alone: int = 1, methods: t
     return Space(tuple(entries))
 
 
-def toy_problem(  # noqa: PLR0913
+def toy_problem(
     space: Space,
     *,
     seed: int = 0,

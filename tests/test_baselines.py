@@ -39,7 +39,7 @@ def test_baselines_are_none_when_nothing_fits_and_dense_when_all_does():
 
 
 def test_global_magnitude_takes_from_units_with_many_small_channels():
-    problem, _ = toy_problem(toy_space((), 3, alone=3), share=0.75)
+    problem, _ = toy_problem(toy_space((), 3, alone=3), share=0.9)
     flat, steep = [1.0] * 16, [8.0] * 4 + [0.01] * 12
     names = problem.space.names
     choice = global_magnitude(problem, {names[0]: flat, names[1]: steep, names[2]: flat})

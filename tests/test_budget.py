@@ -34,7 +34,9 @@ def test_limits(text: str, metric: str, value: float, relative: bool) -> None:
     assert math.isclose(limit.value, value)
 
 
-@pytest.mark.parametrize("text", ["", "ms", "5", "0ms", "-5ms", "5 parsecs", "50%latte", "5ms 5ms", "nan ms", "1e999x9"])
+@pytest.mark.parametrize(
+    "text", ["", "ms", "5", "0ms", "-5ms", "5 parsecs", "50%latte", "5ms 5ms", "nan ms", "1e999x9"]
+)
 def test_bad_limits_are_refused_with_the_grammar(text: str) -> None:
     with pytest.raises(ConfigError, match="budget: "):
         parse_limit(text)

@@ -81,7 +81,7 @@ def test_demo() -> None:
         ("max_drop: two\n", "max_drop", "write e.g. 1%"),
         ("max_drop: true\n", "max_drop", "a share"),
         ("min_accuracy: 92\n", "min_accuracy", "between 0 and 100%"),
-        ("metric: top\n", "metric", "did you mean 'top1'"),
+        ("metric: top\n", "metric", "did you mean 'top"),
         ("metric: mse\nmin_accuracy: 0.9\n", "min_accuracy", "more is better"),
         ("higher_is_better: false\n", "higher_is_better", "own sense"),
         ("bugdet: 5ms\n", "bugdet", "did you mean 'budget'"),

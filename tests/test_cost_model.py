@@ -198,12 +198,23 @@ def test_inside_a_dropped_block_nothing_matters(incumbent: Choice, metric: str) 
         assert MODEL.cost(metric, dropped) == MODEL.cost(metric, SPACE.normal(dropped))
 
 
+def test_what_a_dropped_block_holds_does_not_reach_outside() -> None:
+    outside = layer("outside", "conv", M, A)
+    model = CostModel(Architecture((*ARCHITECTURE.layers, outside)), SPACE)
+    dropped = (2, 0, 0, 1, 0)  # conv1 cut to 3, but its block is gone: the layer outside still reads all 6
+    assert model.cost("macs", dropped) == model.cost("macs", (0, 0, 0, 1, 0))
+    assert not model.linearise("macs", dropped)[0].any()
+    assert model.linearise("macs", (2, 0, 0, 0, 0))[0].any()
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_the_cheapest_choice_is_the_least_of_all(metric: str) -> None:
     everything = np.asarray(list(product(*(range(size) for size in SPACE.sizes))))
     least, dense = MODEL.range(metric)
     assert least == pytest.approx(MODEL.evaluate(metric, everything).min())
-    assert dense == pytest.approx(MODEL.evaluate(metric, everything).max())
+    assert dense == MODEL.dense[metric]
+    if metric != "latency":  # a ragged width may take longer than the full one
+        assert dense == MODEL.evaluate(metric, everything).max()
 
 
 def test_additive_only_when_no_two_units_share_a_layer() -> None:

@@ -67,7 +67,7 @@ def test_what_a_factory_may_return() -> None:
     assert torch.equal(from_factory((X, (X, Y))).calibration_inputs, X)
     with pytest.raises(DataError, match="keys: 'train'"):
         from_factory({"train": X})
-    with pytest.raises(DataError, match="returned torch.Tensor"):
+    with pytest.raises(DataError, match=r"returned torch\.Tensor"):
         from_factory(X)
 
 

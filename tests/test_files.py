@@ -81,7 +81,15 @@ def test_paths_that_cannot_be(tmp_path: Path) -> None:
 def test_yaml_is_read_by_the_core_schema(tmp_path: Path) -> None:
     path = tmp_path / "file.yaml"
     path.write_text("a: 1e-3\nb: no\nc: 1:30\nd: ~\ne: [true, -2, .inf]\nf: 2024-01-01\ng: '1'\n")
-    expected = {"a": 1e-3, "b": "no", "c": "1:30", "d": None, "e": [True, -2, float("inf")], "f": "2024-01-01", "g": "1"}
+    expected = {
+        "a": 1e-3,
+        "b": "no",
+        "c": "1:30",
+        "d": None,
+        "e": [True, -2, float("inf")],
+        "f": "2024-01-01",
+        "g": "1",
+    }
     assert read_yaml(path) == expected
 
 

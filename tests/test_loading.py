@@ -119,7 +119,9 @@ def test_weight_files_that_are_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_weights_must_be_finite(tmp_path: Path, value: str) -> None:
-    source = HEAD + f"def model():\n    net = nn.Linear(2, 2)\n    net.bias.data[0] = float('{value}')\n    return net\n"
+    source = (
+        HEAD + f"def model():\n    net = nn.Linear(2, 2)\n    net.bias.data[0] = float('{value}')\n    return net\n"
+    )
     with pytest.raises(ModelError, match="NaN or infinity: bias"):
         load_model(configured(tmp_path, source), folder=tmp_path)
 

@@ -142,7 +142,9 @@ def test_any_damage_is_a_policy_error_or_still_a_policy(
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     path = tmp_path / "policy.yaml"
-    path.write_text("autoprune: 1\nbuget: {}\nunits:\n  conv.1: {kind: channels, method: l2, keep: 20, of: 16, kep: 1}\n")
+    path.write_text(
+        "autoprune: 1\nbuget: {}\nunits:\n  conv.1: {kind: channels, method: l2, keep: 20, of: 16, kep: 1}\n"
+    )
     with pytest.raises(PolicyError) as error:
         read_policy(path)
     text = str(error.value)

@@ -106,7 +106,12 @@ def local_harms(space: Space, bank: Bank, model: nn.Module, *, anatomy: Anatomy)
         local = np.zeros((2, len(entry.options)))
         if entry.unit.kind == "channels":
             view = unit_view(
-                anatomy.group(entry.unit.name), model, bank.statistics, norms=bank.norms, needs={"moments"}, targets=empty
+                anatomy.group(entry.unit.name),
+                model,
+                bank.statistics,
+                norms=bank.norms,
+                needs={"moments"},
+                targets=empty,
             )
             fishers = [bank.statistics[c.name].output_fisher for c in view.consumers]
             means = [_mean_square(bank.statistics[c.name]) for c in view.consumers]

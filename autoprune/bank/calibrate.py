@@ -128,10 +128,7 @@ def _passes(widths: Mapping[str, int], settings: CalibrationSettings) -> Iterato
 
 def _observe(model: nn.Module, sums: Mapping[str, _Sums], batches: Sequence[Tensor], progress: Progress) -> None:
     modules = dict(model.named_modules())
-    hooks = {
-        name: (lambda inputs, output, name=name: sums[name].see(modules[name], inputs, output))  # type: ignore[misc]
-        for name in sums
-    }
+    hooks = {name: (lambda inputs, output, name=name: sums[name].see(modules[name], inputs, output)) for name in sums}
     with torch.no_grad(), watching(model, hooks):
         for batch in batches:
             model(batch)
@@ -155,7 +152,7 @@ def _differentiable(model: nn.Module) -> Iterator[None]:
 def _gradients(
     model: nn.Module, layers: Sequence[str], *, batches: Sequence[Tensor], targets: Sequence[Tensor], limit: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """For each layer the Taylor scores of its inputs and the Fisher information of its outputs, over `limit` samples."""
+    """For each layer the Taylor scores of its inputs and the Fisher information of its outputs (`limit` samples)."""
     modules = dict(model.named_modules())
     held: dict[str, tuple[Tensor, Tensor]] = {}
     sums: dict[str, tuple[Tensor | float, Tensor | float]] = dict.fromkeys(layers, (0.0, 0.0))
@@ -166,7 +163,7 @@ def _gradients(
                 tensor.retain_grad()
         held[name] = (inputs, output)
 
-    hooks = {name: (lambda x, y, name=name: hold(name, x, y)) for name in layers}  # type: ignore[misc]
+    hooks = {name: (lambda x, y, name=name: hold(name, x, y)) for name in layers}
     seen = 0
     with _differentiable(model), watching(model, hooks):
         for batch, wanted in zip(batches, targets, strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -37,8 +39,10 @@ def sampled_patches(layer: nn.Module, inputs: Tensor, chosen: Tensor) -> Tensor:
         reach = (layer.kernel_size[axis] - 1) * layer.dilation[axis] + 1
         windows = windows.unfold(2 + axis, reach, layer.stride[axis])
     places = torch.unravel_index(chosen, windows.shape[2 : 2 + space])
-    picked = windows[(slice(None), slice(None), *places)]  # (N, C, chosen, reach...)
-    picked = picked[(..., *(slice(None, None, step) for step in layer.dilation))]
+    index: Any = (slice(None), slice(None), *places)
+    picked = windows[index]  # (N, C, chosen, reach...)
+    index = (..., *(slice(None, None, step) for step in layer.dilation))
+    picked = picked[index]
     return picked.transpose(1, 2).reshape(picked.shape[0] * len(chosen), -1)
 
 

@@ -63,7 +63,7 @@ class Budget:
         for metric in metrics:
             if metrics.count(metric) > 1:
                 texts = ", ".join(limit.text for limit in self.limits if limit.metric == metric)
-                raise ConfigError(f"budget: two limits on {metric} ({texts}) cannot hold together; keep the smaller one")
+                raise ConfigError(f"budget: two limits on {metric} ({texts}) cannot both hold; keep the smaller")
 
     @property
     def text(self) -> str:
@@ -124,9 +124,7 @@ def shown(metric: str, value: float) -> str:
     """A cost for people: `4.93 ms`, `62.7 M MACs`, `0.43 M params`, `1.7 MB`."""
     if metric == "latency":
         return f"{value * 1e3:.3g} ms"
-    for scale, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, "")):
-        if value >= scale:
-            break
+    scale, prefix = next(((s, p) for s, p in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if value >= s), (1.0, ""))
     unit = {"macs": "MACs", "params": "params", "size": "B"}[metric]
     return f"{value / scale:.3g} {prefix}{unit}"
 

@@ -36,7 +36,7 @@ class UnitRecord(_Value):
 
 
 class PredictionCheck(_Value):
-    """Predicted against measured latency, as shares of the dense model's, of whole models not used to build the table."""
+    """Predicted against measured latency (shares of the dense) of whole models not used to build the table."""
 
     models: int
     median_error: float

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from autoprune.core.unit import Compensate, Kind, Option
 
-FORMAT = 1
+FORMAT: Final = 1
 
 
 def _finite(value: float) -> float:

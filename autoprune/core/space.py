@@ -65,7 +65,7 @@ class Space:
         return tuple(index.get(unit.parent) if unit.parent is not None else None for unit in self.units)
 
     def options_of(self, choice: Choice) -> dict[str, Option]:
-        """What a choice decides: unit name to option, without units that stay and without what a dropped block holds."""
+        """What a choice decides: unit name to option, without units that stay and what a dropped block holds."""
         parents = self.parents()
         chosen = [entry.options[index] for entry, index in zip(self.entries, choice, strict=True)]
         decided: dict[str, Option] = {}

@@ -74,10 +74,10 @@ class Chain:
 def addition_chains(
     model: nn.Module, example: Tensor, *, layers: Collection[str], dropped: Mapping[str, Collection[str]]
 ) -> tuple[Chain, ...]:
-    """For each of `layers` that enters an addition of the dense `model`: where its sum reappears once blocks are gone.
+    """For each of `layers` that enters an addition of the dense `model`: where its sum stands when blocks are gone.
 
-    `dropped` maps a dropped block to its layers. The sum after layer A, handed through dropped blocks B and C, takes the
-    place of C's sum.
+    `dropped` maps a dropped block to its layers. The sum after layer A, handed through dropped blocks B and C,
+    takes the place of C's sum.
     """
     order: list[str] = []
     inputs: dict[str, Tensor] = {}
@@ -89,8 +89,14 @@ def addition_chains(
 
         return noted
 
-    containers = {name: note(name) for name, module in model.named_modules() if name and any(True for _ in module.children())}
-    with torch.no_grad(), watching(model, containers), watching_additions(model, layers, lambda n, _b, _s: order.append(n)):
+    containers = {
+        name: note(name) for name, module in model.named_modules() if name and any(True for _ in module.children())
+    }
+    with (
+        torch.no_grad(),
+        watching(model, containers),
+        watching_additions(model, layers, lambda n, _b, _s: order.append(n)),
+    ):
         model(example)
     chains = []
     for layer in order:

@@ -74,7 +74,8 @@ def coupled_groups(model: nn.Module, example: Tensor) -> tuple[tuple[Group, ...]
             parameter.requires_grad_(parameter.is_floating_point())
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            graph: Any = torch_pruning.DependencyGraph()
+            make: Any = torch_pruning.DependencyGraph
+            graph = make()
             graph.build_dependency(model, example_inputs=example, verbose=False)
             raw = list(graph.get_all_groups(root_module_types=(*CONVOLUTIONS, nn.Linear)))
     except Exception as error:  # whatever a foreign tracer raises on a foreign model

@@ -126,8 +126,9 @@ def _narrow(layer: nn.Module, kept: Kept, mended: Mended | None) -> None:
 
 def _cut_inputs(layer: nn.Module, inputs: Tensor | None, mended: Mended | None) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a layer with the inputs that stay, all outputs still there."""
-    weight, bias = layer.weight.detach(), layer.bias  # type: ignore[union-attr]
-    bias = bias.detach() if isinstance(bias, Tensor) else None
+    assert isinstance(layer.weight, Tensor)
+    weight = layer.weight.detach()
+    bias = layer.bias.detach() if isinstance(layer.bias, Tensor) else None
     if mended is not None:
         return mended.weight, mended.bias if mended.bias is not None else bias
     if inputs is None:

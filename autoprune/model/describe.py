@@ -29,7 +29,9 @@ def describe(model: nn.Module, example: Tensor, *, groups: Sequence[Group], bloc
         if call.name in counted or not isinstance(layer, (*CONVOLUTIONS, nn.Linear, *NORMS)):
             continue
         if call.name in repeated and any(call.name in (m.layer for m in g.members) for g in groups):
-            raise ModelError(f"{call.name} is run more than once in a forward pass; protect it: --protect {call.name!r}")
+            raise ModelError(
+                f"{call.name} is run more than once in a forward pass; protect it: --protect {call.name!r}"
+            )
         counted.add(call.name)
         layers.append(_layer(call.name, layer, call.inputs, call.output, sides=sides, block=block_of.get(call.name)))
     inside = {id(p) for name in counted for p in modules[name].parameters(recurse=False)}
@@ -37,6 +39,16 @@ def describe(model: nn.Module, example: Tensor, *, groups: Sequence[Group], bloc
     held = {id(b) for name in counted for b in modules[name].buffers(recurse=False)}
     other_bytes = sum(b.numel() * b.element_size() for b in model.buffers() if id(b) not in held)
     return Architecture(tuple(layers), other, other_bytes)
+
+
+def macs_of(model: nn.Module, sample: Tensor) -> int:
+    """Multiply-adds of convolutions and linear layers on `sample` (1, ...), counted on the model as it is."""
+    layers = describe(model, sample, groups=(), blocks=()).layers
+    return sum(
+        layer.positions * layer.kernel * layer.outputs.fixed
+        * (1 if layer.kind == "depthwise" else layer.inputs.fixed // layer.groups)
+        for layer in layers if layer.kind in ("conv", "depthwise", "linear")
+    )  # fmt: skip
 
 
 def _sides(groups: Sequence[Group]) -> dict[str, list[tuple[str, int, int]]]:

@@ -157,5 +157,7 @@ def _first(output: object) -> Tensor:
     if isinstance(output, dict):
         return _first(next(iter(output.values())))
     if not isinstance(output, Tensor):
-        raise ModelError(f"the model returns {type(output).__name__}; a tensor (or a tuple that begins with one) is needed")
+        raise ModelError(
+            f"the model returns {type(output).__name__}; a tensor (or a tuple that begins with one) is needed"
+        )
     return output

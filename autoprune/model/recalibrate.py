@@ -29,7 +29,9 @@ def _collecting(norms: Mapping[str, nn.Module]) -> Iterator[None]:
         assert isinstance(norm, NORMS)
         assert norm.running_mean is not None
         assert norm.running_var is not None
-        saved.append((norm, norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum, norm.training))
+        saved.append(
+            (norm, norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum, norm.training)
+        )
         norm.running_mean, norm.running_var = norm.running_mean.clone(), norm.running_var.clone()
         norm.num_batches_tracked = None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone()
         norm.reset_running_stats()
@@ -41,12 +43,12 @@ def _collecting(norms: Mapping[str, nn.Module]) -> Iterator[None]:
         for norm, mean, variance, batches, momentum, training in saved:
             assert isinstance(norm, NORMS)
             norm.running_mean, norm.running_var, norm.num_batches_tracked = mean, variance, batches
-            norm.momentum = momentum  # type: ignore[assignment]
+            norm.momentum = momentum
             norm.train(training)
 
 
 def norm_statistics(model: nn.Module, batches: Sequence[Tensor]) -> Statistics:
-    """Mean and variance at the input of every batch norm, averaged over `batches`. The model is as before afterwards."""
+    """Mean and variance at the input of every batch norm, averaged over `batches`. The model stays as it was."""
     norms = {
         name: module
         for name, module in model.named_modules()

@@ -23,11 +23,13 @@ SMALL_BLOCK = 4
 
 
 def _blocks(width: Array, block: int) -> Array:
-    return np.ceil(width / block)
+    whole: Array = np.ceil(width / block)
+    return whole
 
 
 def _ragged(width: Array, block: int) -> Array:
-    return (width % block != 0).astype(np.float64)
+    ragged: Array = np.where(width % block != 0, 1.0, 0.0)
+    return ragged
 
 
 FEATURES: Mapping[str, Feature] = MappingProxyType(

@@ -1,8 +1,8 @@
 """Refit: every layer that lost inputs is solved again, one after the other, on what really reaches it.
 
-Compensation in the bank assumes that everything before a layer is dense. Here the inputs come from the pruned network as
-it is, and the target is what the dense network has at the same place: for a branch that is added to a shortcut the sum
-(so that errors of the shortcut, and of blocks dropped right after, are made up for too), else the layer's own output.
+Compensation in the bank assumes that everything before a layer is dense. Here the inputs come from the pruned network
+as it is, and the target is what the dense network has at the same place: for a branch that is added to a shortcut it
+is the sum (which makes up for errors of the shortcut, and for blocks dropped right after), else the layer's own output.
 Least squares with a ridge towards the weights at hand; no gradients, no labels.
 Layer-wise reconstruction with accumulated error: arXiv:1707.06168, section 3.2.
 """
@@ -77,7 +77,8 @@ class _Normal:
         gram, cross = torch.as_tensor(self.gram) / self.count, torch.as_tensor(self.cross) / self.count
         pull = torch.full((len(gram),), ridge * float(gram.diagonal()[:-1].mean()), dtype=torch.float64)
         pull[-1] = 1e-9
-        return torch.linalg.solve(gram + torch.diag(pull), cross + pull[:, None] * before)
+        solved: Tensor = torch.linalg.solve(gram + torch.diag(pull), cross + pull[:, None] * before)
+        return solved
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +164,9 @@ def _dense_targets(reference: Reference, sites: Sequence[Site], plan: CutPlan) -
         if name in sums:
             take(sums[name], total)
 
-    hooks = {name: (lambda _x, y, site=site: take(site, y)) for name, site in own.items()}  # type: ignore[misc]
+    hooks = {name: (lambda _x, y, site=site: take(site, y)) for name, site in own.items()}
     with watching(reference.model, hooks), watching_additions(reference.model, list(sums), summed):
-        for batch_index, batch in enumerate(reference.batches):
+        for batch_index, batch in enumerate(reference.batches):  # noqa: B007 (read by `take`)
             reference.model(batch)
     return targets
 

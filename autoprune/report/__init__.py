@@ -1,0 +1,1 @@
+"""How outcomes are shown: text for terminals, one HTML file for browsers."""

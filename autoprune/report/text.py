@@ -57,21 +57,33 @@ def verify_view(record: VerifyRecord, *, metric: str) -> RenderableType:
 
 
 def measured_table(rows: Mapping[str, Measured], *, metric: str) -> Table:
-    """One row a model: metric, latency with spread, ratio, prediction, counts."""
-    columns = (metric, "latency", "p10–p90", "ratio", "predicted", "MACs", "params", "size")
-    table = _table("model", numeric=columns)
-    for name, model in rows.items():
-        cells = (
-            numbers.score(model.score, metric),
-            numbers.median(model.latency_ms),
-            numbers.spread(model.latency_ms),
-            numbers.share(model.ratio),
-            numbers.milliseconds(model.predicted_ms),
-            *numbers.counted(model),
-        )
+    """One column a model, so that it fits 80 characters: metric, latency with spread, ratio, prediction, counts."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("", style="dim")
+    for name in rows:
         style = "bold" if name in ("chosen", "pruned") else ""
-        table.add_row(Text(numbers.label(name)), *cells, style=style)
+        table.add_column(Text(numbers.label(name)), justify="right", style=style, overflow="fold")
+    cells = [_cells(model, metric) for model in rows.values()]
+    names = (metric, "latency", "p10–p90 ms", "of dense", "predicted", "MACs", "params", "size")
+    for index, name in enumerate(names):
+        table.add_row(Text(name), *(column[index] for column in cells))
     return table
+
+
+def _cells(model: Measured, metric: str) -> tuple[str, ...]:
+    return (
+        numbers.score(model.score, metric),
+        numbers.median(model.latency_ms),
+        numbers.spread(model.latency_ms),
+        numbers.share(model.ratio),
+        numbers.milliseconds(model.predicted_ms),
+        *numbers.counted(model),
+    )
+
+
+def line(sentence: str) -> RenderableType:
+    """A sentence as it is, whatever brackets it holds."""
+    return Text(sentence)
 
 
 def plain(view: RenderableType, *, width: int = 120) -> str:

@@ -143,7 +143,9 @@ def _one_trial(run: _Run, asked: Asked) -> None:
         run.record.tell(asked, None, state="fail", reason=str(error))
         raise
     except Exception as error:  # noqa: BLE001  (a search outlives one broken candidate)
-        _fail(run, asked, error)
+        reason = f"{type(error).__name__}: {error}"
+        run.record.tell(asked, None, state="fail", reason=reason)
+        _failed(run, asked, reason)
         return
     except BaseException:
         run.record.tell(asked, None, state="fail", reason=INTERRUPTED)
@@ -152,11 +154,12 @@ def _one_trial(run: _Run, asked: Asked) -> None:
     state = run.record.tell(
         asked, score.value, state="pruned" if score.pruned else "complete", attrs=attrs, step=score.samples
     )
+    if state == TrialState.FAIL:
+        _failed(run, asked, f"the value is {score.value}")
+        return
     run.done += 1
     if state == TrialState.COMPLETE:
         _remember(run, asked.origin, score.value)
-    elif state == TrialState.FAIL:
-        run.progress.note(f"trial {asked.number} failed: the value is {score.value}")
     _show(run, asked, score.value if state == TrialState.COMPLETE else None)
 
 
@@ -171,15 +174,13 @@ def _decline(run: _Run, asked: Asked) -> None:
     run.record.tell(asked, (run.worst or 0.0) + missed, attrs={"evaluated": False})
 
 
-def _fail(run: _Run, asked: Asked, error: Exception) -> None:
-    reason = f"{type(error).__name__}: {error}"
-    run.record.tell(asked, None, state="fail", reason=reason)
-    run.progress.note(f"trial {asked.number} failed: {reason}")
+def _failed(run: _Run, asked: Asked, reason: str) -> None:
     run.done += 1
-    _show(run, asked, None)
     run.failed_first += 1
+    run.progress.note(f"trial {asked.number} failed: {reason}")
+    _show(run, asked, None)
     if run.failed_first >= _HOPELESS and run.worst is None:
-        raise RunError(f"the first {run.failed_first} trials all failed, the last with {reason}") from error
+        raise RunError(f"the first {run.failed_first} trials all failed, the last with: {reason}")
 
 
 def _remember(run: _Run, origin: str, value: float) -> None:

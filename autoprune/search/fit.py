@@ -39,11 +39,14 @@ class Tables:
 
     problem: Problem
     _known: dict[tuple[Metric, Choice], Linear] = field(default_factory=dict)
+    _additive: dict[Metric, bool] = field(default_factory=dict)
 
     def at(self, metric: Metric, incumbent: Choice) -> Linear:
         """One metric's costs round `incumbent`; everywhere the same when costs of this metric simply add up."""
         problem = self.problem
-        center = problem.space.dense if problem.costs.is_additive(metric) else incumbent
+        if metric not in self._additive:
+            self._additive[metric] = problem.costs.is_additive(metric)
+        center = problem.space.dense if self._additive[metric] else incumbent
         key = (metric, center)
         if key in self._known:
             self._known[key] = self._known.pop(key)

@@ -101,9 +101,8 @@ class History:
 
     def prior_values(self) -> Mapping[str, float]:
         """The value of each prior's own solution, for those that were scored."""
-        return {
-            name: self.origins[f"prior:{name}"].value for name in self.problem.priors if f"prior:{name}" in self.origins
-        }
+        starts = {origin: seen for origin, seen in self.origins.items() if origin.startswith("prior:")}
+        return {origin.removeprefix("prior:"): seen.value for origin, seen in starts.items()}
 
     def best_weights(self, prior: str) -> Floats:
         """The weights that gave the best trial solved on `prior` (units,); zeros when that was the prior itself."""

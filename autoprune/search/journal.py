@@ -49,10 +49,14 @@ class Ending:
 
 
 class TrialJournal(JournalStorage):
-    """Optuna's journal storage in one local file, with few writes."""
+    """Optuna's journal storage in one local file, with few writes.
 
-    def __init__(self, path: Path) -> None:
-        mend_tail(path)
+    Whoever owns the run mends a half-written last line; a mere reader must not, as it may be being written just now.
+    """
+
+    def __init__(self, path: Path, *, mend: bool) -> None:
+        if mend:
+            mend_tail(path)
         self._drafted: Draft | None = None
         lock = JournalFileOpenLock(str(path), grace_period=_LOCK_GRACE_S)
         super().__init__(JournalFileBackend(str(path), lock_obj=lock))

@@ -65,13 +65,18 @@ class _Context:
     attempt: int = 0
 
 
+def harms_of(problem: Problem) -> dict[str, Floats]:
+    """Each prior as (units, options); a problem without priors gets `width`: the square of the removed share."""
+    structure = problem.structure
+    if problem.priors:
+        return {name: structure.padded(harm, 0.0) for name, harm in problem.priors.items()}
+    return {"width": np.where(structure.valid, (1.0 - structure.keeps / structure.keeps[:, :1]) ** 2, 0.0)}
+
+
 def prior_starts(problem: Problem, tables: Tables | None = None) -> dict[str, Choice]:
     """Each prior's own best choice within the budget, by `prior:<name>`; without those that nothing fits."""
     known = tables or Tables(problem)
-    solved = {
-        name: solve_fit(problem, problem.structure.padded(harm, 0.0), tables=known, exact=True)
-        for name, harm in problem.priors.items()
-    }
+    solved = {name: solve_fit(problem, harm, tables=known, exact=True) for name, harm in harms_of(problem).items()}
     return {f"prior:{name}": choice for name, choice in solved.items() if choice is not None}
 
 
@@ -87,7 +92,7 @@ class BudgetSampler(BaseSampler):
         self._problem = problem
         self._seed = seed
         self._tables = Tables(problem)
-        self._harms = {name: problem.structure.padded(harm, 0.0) for name, harm in problem.priors.items()}
+        self._harms = harms_of(problem)
         self._starts: dict[str, Choice] | None = None
         self._states: dict[str, _State] = {}
         self._made: dict[str, Callable[[_Context], Proposal | None]] = {
@@ -175,10 +180,10 @@ class BudgetSampler(BaseSampler):
 
     def _possible(self, move: str, history: History) -> bool:
         if move == "perturb":
-            return bool(self._harms)
+            return True
         if move == "swap":
             return bool(history.elites)
-        return bool(self._harms) and bool(history.elites) and len(history.results) >= _MODEL_FROM
+        return bool(history.elites) and len(history.results) >= _MODEL_FROM
 
     def _perturb(self, context: _Context) -> Proposal | None:
         history = context.state.history
@@ -254,13 +259,10 @@ class BudgetSampler(BaseSampler):
         return solve_fit(self._problem, harm, incumbent=center, tables=self._tables, rounds=1, buckets=_BUCKETS)
 
     def _belief(self, context: _Context) -> Floats:
-        """The harm that prices swaps: the model's when there is one, else the best prior's, else by width alone."""
+        """The harm that prices swaps: the model's when there is one, else a good prior's."""
         if self._possible("model", context.state.history):
             return self._model(context).expected()
-        if self._harms:
-            return self._harms[self._pick_prior(context)]
-        structure = self._problem.structure
-        return np.where(structure.valid, 1.0 - structure.keeps / structure.keeps[:, :1], 0.0)
+        return self._harms[self._pick_prior(context)]
 
     def _model(self, context: _Context) -> HarmModel:
         """Fitted to all but the newest trials: to a multiple of `_REFIT`, so that a resumed search has the same."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from collections.abc import Callable, Mapping
 
-import optuna
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 
 from autoprune.errors import ConfigError, near_miss
@@ -28,9 +26,7 @@ def _budget(problem: Problem, seed: int) -> BaseSampler:
 
 
 def _tpe(problem: Problem, seed: int) -> BaseSampler:  # noqa: ARG001
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return TPESampler(multivariate=True, seed=seed, warn_independent_sampling=False)
+    return TPESampler(multivariate=True, seed=seed)
 
 
 def _cmaes(problem: Problem, seed: int) -> BaseSampler:  # noqa: ARG001
@@ -44,7 +40,7 @@ def _nsga2(problem: Problem, seed: int) -> BaseSampler:  # noqa: ARG001
 
 
 def _gp(problem: Problem, seed: int) -> BaseSampler:  # noqa: ARG001
-    return GPSampler(seed=seed, deterministic_objective=True)
+    return GPSampler(seed=seed)
 
 
 def _random(problem: Problem, seed: int) -> BaseSampler:  # noqa: ARG001

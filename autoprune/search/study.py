@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -118,7 +120,8 @@ class StudyRecord:
         self._study._thread_local.cached_all_trials = None
         before = self._storage.get_trial(asked.trial_id)
         try:
-            self._study.sampler.after_trial(self._study, before, ended, None if values is None else list(values))
+            with _without_cmaes_warning():
+                self._study.sampler.after_trial(self._study, before, ended, None if values is None else list(values))
         finally:
             self._storage.end_trial(asked.trial_id, ending)
             self._consider(self._storage.get_trial(asked.trial_id))
@@ -166,7 +169,8 @@ class StudyRecord:
         study, sampler = self._study, self._study.sampler
         sampler.before_trial(study, draft)
         space = sampler.infer_relative_search_space(study, draft)
-        params = dict(sampler.sample_relative(study, draft, space))
+        with _without_cmaes_warning():
+            params = dict(sampler.sample_relative(study, draft, space))
         for name, distribution in self._distributions.items():
             if distribution.single():
                 params[name] = distribution.low
@@ -193,22 +197,27 @@ def open_study(
 ) -> StudyRecord:
     """The study `name` in the journal at `path`, made or resumed.
 
-    With `claim` this process owns the study: trials that a killed process left running are marked failed. Raises
-    RunError when the file cannot be read or the study was made for another space.
+    With `claim` this process owns the file: a half-written last line is cut off and trials that a killed process left
+    running are marked failed. Without, it only reads. Raises RunError when the file cannot be read, the study was made
+    for another space, or there is none to read.
     """
     logging.getLogger("optuna").setLevel(logging.WARNING)
+    if not claim and not path.exists():
+        raise RunError(f"{path}: there is no study {name!r} in it yet; start the search first")
     try:
-        storage = TrialJournal(path)
-        study = optuna.create_study(
-            storage=storage, study_name=name, direction=direction, sampler=sampler, load_if_exists=True
-        )
+        storage = TrialJournal(path, mend=claim)
+        study = _load(storage, name, sampler=sampler)
+        if study is None and claim:
+            study = optuna.create_study(storage=storage, study_name=name, direction=direction, sampler=sampler)
     except (OSError, ValueError, KeyError) as error:
         raise RunError(f"{path}: cannot read this study ({error}); move it away to start a new one") from error
+    if study is None:
+        raise RunError(f"{path}: there is no study {name!r} in it yet; start the search first")
     sizes = dict(zip(problem.space.names, problem.space.sizes, strict=True))
     known = study.user_attrs.get(_SPACE_KEY)
-    if known is None:
+    if known is None and claim:
         study.set_user_attr(_SPACE_KEY, sizes)
-    elif known != sizes:
+    elif known is not None and known != sizes:
         raise RunError(f"{path}: study {name!r} searched another space; use another run folder, or move it away")
     record = StudyRecord(study, storage, problem)
     if claim:
@@ -216,6 +225,13 @@ def open_study(
     if record.trials():
         sampler.reseed_rng()  # the same seed once more would propose the same trials once more
     return record
+
+
+def _load(storage: TrialJournal, name: str, *, sampler: BaseSampler) -> Study | None:
+    """The study that is there. (`create_study(load_if_exists=True)` would write a line each time.)"""
+    if all(known.study_name != name for known in storage.get_all_studies()):
+        return None
+    return optuna.load_study(study_name=name, storage=storage, sampler=sampler)
 
 
 def close_unfinished(storage: TrialJournal, trials: list[FrozenTrial]) -> int:
@@ -248,6 +264,14 @@ def plain(item: Any) -> Any:
     if item is None or isinstance(item, (bool, int, float, str)):
         return item
     return str(item)
+
+
+@contextmanager
+def _without_cmaes_warning() -> Iterator[None]:
+    """CMA-ES says at every trial that it ignores constraints; it learns them from values, as `engine` explains."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Constraints have been set, but CmaEsSampler")
+        yield
 
 
 def _outcome(value: float | None, state: str, reason: str | None) -> tuple[TrialState, str | None]:

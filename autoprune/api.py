@@ -1,0 +1,272 @@
+"""autoprune from Python: `search` on your own objects, and what the command line calls. Composes; decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoprune.apply import apply
+from autoprune.config import Config, load_config
+from autoprune.core.budget import Budget, parse_budgets, parse_fraction
+from autoprune.core.outcome import OutcomeRecord, UnitRecord, VerifyRecord
+from autoprune.core.policy import Measured, Policy
+from autoprune.core.target import Target
+from autoprune.data import as_data
+from autoprune.errors import MissedError, RunError
+from autoprune.evaluators import evaluator
+from autoprune.evaluators.base import Evaluator
+from autoprune.evaluators.function import Function
+from autoprune.evidence import judge, unit_records, write_down
+from autoprune.files import write_bytes, write_policy, write_text
+from autoprune.loading import load_data, load_factory, load_model
+from autoprune.model.describe import macs_of
+from autoprune.progress import Progress, Silent
+from autoprune.pursue import Floor, Found, Plan, check_goal, fastest, pursue, resolve_limits
+from autoprune.report.html import render
+from autoprune.runtimes import runtime
+from autoprune.ship import write_model
+from autoprune.spaces import load_space
+from autoprune.verify import Stopwatch, latency_record, params, score, size_bytes
+from autoprune.workbench import (
+    Stages,
+    Task,
+    Workbench,
+    in_memory,
+    measured_costs,
+    prepare,
+    subject_of,
+    usable_folder,
+)
+
+CONFIG_FILE = "config.json"
+JOURNAL = "study.journal"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a search found: the verified policy, the really cut model, the report (HTML) and all its evidence."""
+
+    policy: Policy
+    model: nn.Module
+    report: str
+    record: OutcomeRecord
+    folder: Path
+
+    @property
+    def met(self) -> bool:
+        """Whether every promise was kept when verified."""
+        return self.record.met
+
+
+def search(  # noqa: PLR0913 (one flat, keyword-only door, like the configuration file)
+    model: nn.Module,
+    *,
+    example: Tensor | None = None,
+    calibration: object,
+    validation: object,
+    budget: str | Sequence[str] | None = None,
+    max_drop: str | float | None = None,
+    min_accuracy: str | float | None = None,
+    metric: str | Evaluator = "top1",
+    target: Target | None = None,
+    space: str = "cnn-channels",
+    protect: Sequence[str] = (),
+    plan: Plan | None = None,
+    seed: int = 0,
+    run: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Search the best policy for `model` within `budget` and verify it on the real runtime.
+
+    `example` is one batch as the target runs it, (batch, ...); default: one validation sample. `calibration` and
+    `validation` are tensors or arrays (inputs, targets), a Dataset or a DataLoader; validation must be data that the
+    model was not trained on. Of a family (`"3ms,5ms"`) the last outcome is returned and all are in the run folder.
+    `run` is a folder that later searches reuse; default: a fresh temporary one. Raises BudgetError, MissedError, ....
+    """
+    data = as_data(calibration, validation)
+    goal = Target() if target is None else target
+    if example is not None:
+        goal = Target(goal.runtime, goal.device, goal.threads, int(example.shape[0]))
+    folder = Path(run) if run is not None else Path(mkdtemp(prefix="autoprune-"))
+    spec = load_space(space, Path.cwd())
+    task = Task(
+        model, type(model).__name__, data, evaluator(metric) if isinstance(metric, str) else metric, goal,
+        spec.model_copy(update={"protect": (*spec.protect, *protect)}),
+        None if example is None else tuple(example.shape[1:]), seed,
+    )  # fmt: skip
+    floor = Floor(
+        None if max_drop is None else parse_fraction(max_drop, key="max_drop"),
+        None if min_accuracy is None else parse_fraction(min_accuracy, key="min_accuracy"),
+    )
+    texts = [budget] if isinstance(budget, str) else list(budget or ())
+    return _campaign(
+        task, parse_budgets(texts), floor, plan=plan or Plan(), folder=folder, progress=progress or Silent()
+    )[-1]
+
+
+def search_config(
+    config: Config, *, folder: Path, progress: Progress, resume: Path | None = None
+) -> list[OutcomeRecord]:
+    """The search of a configuration file; everything is written into its run folder. `folder` is the file's own.
+
+    With `resume` the run folder's own configuration is continued. Raises MissedError when a verified number misses.
+    """
+    if resume is not None:
+        config, folder = resumed(resume)
+    task, floor = _task(config, folder), _floor(config)
+    run = usable_folder(resume or Path(config.run or "runs/search"))
+    write_text(run / CONFIG_FILE, config.model_copy(update={"run": str(run)}).model_dump_json(indent=1))
+    write_text(run / "folder.txt", str(folder.resolve()))
+    outcomes = _campaign(task, config.budgets, floor, plan=_plan(config), folder=run, progress=progress)
+    return [outcome.record for outcome in outcomes]
+
+
+def resumed(run: Path) -> tuple[Config, Path]:
+    """The configuration a run was started with, and its folder. Raises RunError when `run` is no run."""
+    if not (run / CONFIG_FILE).is_file() or not (run / "folder.txt").is_file():
+        raise RunError(f"{run}: is no autoprune run (it has no {CONFIG_FILE}); give the folder of an earlier search")
+    config = load_config(run / CONFIG_FILE, {"run": str(run)})
+    return config, Path((run / "folder.txt").read_text(encoding="utf-8").strip())
+
+
+def units_of(
+    config: Config, *, folder: Path, latency: bool, progress: Progress
+) -> tuple[tuple[UnitRecord, ...], tuple[str, ...]]:
+    """What can be pruned, with each unit's share of the cost; and notes on what cannot."""
+    subject = subject_of(_task(config, folder), progress)
+    run = usable_folder(Path(config.run or "runs/search")) if latency else Path()
+    space, costs, _ = measured_costs(subject, run, latency=latency, stages=Stages(), progress=progress)
+    notes = tuple(f"kept whole: {entry.root} ({entry.reason})" for entry in subject.anatomy.refused)
+    return unit_records(space, costs, {}), notes
+
+
+def apply_policy(
+    policy_path: Path, config: Config, *, folder: Path, output: Path, progress: Progress
+) -> dict[str, Path]:
+    """Write the cut model of a policy into `output`; kind -> file."""
+    subject = subject_of(_task(config, folder), progress)
+    applied = apply(policy_path, subject)
+    return write_model(
+        applied.model, applied.plan, example=subject.example, factory=config.model, folder=output, progress=progress
+    )
+
+
+def verify_policy(policy_path: Path, config: Config, *, folder: Path, progress: Progress) -> VerifyRecord:
+    """Measure a policy again on this machine, beside the dense model, and judge it by its own budget and floor.
+
+    A budget or a floor in `config` takes the place of the policy's own.
+    """
+    task = _task(config, folder)
+    subject = subject_of(task, progress)
+    applied = apply(policy_path, subject)
+    progress.phase("verify")
+    watch = Stopwatch.of(subject.model, runtime(task.target.runtime), task.target, example=subject.example)
+    first, (timing,) = watch.compare([applied.model])
+    part = subject.parts.held_out
+    counted = [
+        Measured(
+            latency_ms=latency_record(times), ratio=times.ratio, score=score(model, task.evaluator, part),
+            macs=macs_of(model, task.data.validation_inputs[:1]), params=params(model), size_bytes=size_bytes(model),
+        )
+        for model, times in ((subject.model, first), (applied.model, timing))
+    ]  # fmt: skip
+    dense, pruned = counted
+    texts = list(config.budget or ()) or list(applied.policy.budget.values())
+    floor = _floor(config)
+    if not floor.text:
+        floor = Floor(applied.policy.floor.get("max_drop"), applied.policy.floor.get("min_accuracy"))
+    budget = parse_budgets(texts)[0]
+    base = {"latency": first.median, "macs": dense.macs, "params": dense.params, "size": dense.size_bytes}
+    met, verdict = judge(
+        pruned, budget.resolve(base), floor, dense=dense, metric=task.evaluator.name,
+        higher_is_better=task.evaluator.higher_is_better,
+    )  # fmt: skip
+    return VerifyRecord(met=met, verdict=verdict, dense=dense, pruned=pruned, budget=budget.text, floor=floor.text)
+
+
+def _campaign(
+    task: Task, budgets: Sequence[Budget], floor: Floor, *, plan: Plan, folder: Path, progress: Progress
+) -> list[Outcome]:
+    """Every budget on one workbench. All outcomes are written before a missed one is an error."""
+    check_goal(budgets, floor)
+    usable_folder(folder)
+    bench = _bench(task, budgets, folder, progress)
+    outcomes = []
+    for budget in budgets:
+        found = _found(bench, budget, floor, plan=plan, journal=folder / JOURNAL, progress=progress)
+        outcomes.append(_written(bench, found, floor, folder=folder / _slug(budget, floor), progress=progress))
+    missed = [outcome for outcome in outcomes if not outcome.met]
+    if missed:
+        verdicts = "\n".join(f"{o.record.budget}: {o.record.verdict} ({o.folder})" for o in missed)
+        raise MissedError(verdicts)
+    return outcomes
+
+
+def _bench(task: Task, budgets: Sequence[Budget], folder: Path, progress: Progress) -> Workbench:
+    """Measure costs first: a budget out of reach stops here, before anything long."""
+    stages = Stages()
+    subject = stages.timed("discover", lambda: subject_of(task, progress))
+    metrics = {limit.metric for budget in budgets for limit in budget.limits}
+    latency = "latency" in metrics or not metrics
+    space, costs, table = measured_costs(subject, folder, latency=latency, stages=stages, progress=progress)
+    for budget in budgets:
+        resolve_limits(costs, budget)
+    return prepare(subject, space, costs, table, folder=folder, stages=stages, progress=progress)
+
+
+def _found(bench: Workbench, budget: Budget, floor: Floor, *, plan: Plan, journal: Path, progress: Progress) -> Found:
+    if budget.limits:
+        return pursue(bench, budget, plan=plan, journal=journal, progress=progress)
+    return fastest(bench, floor, plan=plan, journal=journal, progress=progress)
+
+
+def _written(bench: Workbench, found: Found, floor: Floor, *, folder: Path, progress: Progress) -> Outcome:
+    written = write_down(bench, found, floor, title=bench.subject.task.name)
+    page = render(written.record)
+    write_bytes(folder / "policy.safetensors", written.side_file)
+    write_policy(folder / "policy.yaml", written.record.policy)
+    write_text(folder / "outcome.json", written.record.model_dump_json(indent=1))
+    write_text(folder / "report.html", page)
+    progress.note(f"written: {folder / 'policy.yaml'}")
+    model = found.chosen.candidate.model
+    in_memory(model, torch.contiguous_format)
+    return Outcome(written.record.policy, model, page, written.record, folder)
+
+
+def _slug(budget: Budget, floor: Floor) -> str:
+    text = budget.text if budget.limits else f"floor {floor.text}"
+    return "".join(c if c.isalnum() or c in ".-" else "_" for c in text.replace("%", "pct").replace(" ", ""))
+
+
+def _task(config: Config, folder: Path) -> Task:
+    data = load_data(config, folder=folder)
+    model = load_model(config, folder=folder)
+    if ":" in config.metric:
+        function: Any = load_factory(config.metric, folder, key="metric")
+        judge_by: Evaluator = Function(function, config.metric, higher_is_better=config.higher_is_better)
+    else:
+        judge_by = evaluator(config.metric)
+    spec = load_space(config.space.preset, folder)
+    spec = spec.model_copy(update={"protect": (*spec.protect, *config.space.protect)})
+    target, shape = config.target.target, config.target.example
+    if shape is not None:
+        target = Target(target.runtime, target.device, target.threads, shape[0])
+    return Task(
+        model, type(model).__name__, data, judge_by, target, spec, None if shape is None else shape[1:],
+        config.search.seed,
+    )  # fmt: skip
+
+
+def _floor(config: Config) -> Floor:
+    return Floor(config.max_drop, config.min_accuracy)
+
+
+def _plan(config: Config) -> Plan:
+    asked = config.search
+    return Plan(asked.trials, asked.seconds, asked.sampler, asked.finalists, asked.refit)

@@ -1,0 +1,108 @@
+"""A policy on a model: checked to belong to it, cut by the side file's exact indices, weights as they were verified."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from autoprune.core.policy import Policy
+from autoprune.core.unit import DROP
+from autoprune.errors import PolicyError, listed, near_miss
+from autoprune.evidence import KEPT, TENSOR
+from autoprune.files import read_policy
+from autoprune.model.cut import CutPlan, cut, plan_cut
+from autoprune.model.discover import Anatomy
+from autoprune.workbench import Subject
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """The cut model and what was done."""
+
+    policy: Policy
+    model: nn.Module
+    plan: CutPlan
+
+
+def apply(path: Path, subject: Subject) -> Applied:
+    """The policy at `path` on the subject's model. Raises PolicyError when it belongs to another one or is damaged."""
+    policy = read_policy(path)
+    anatomy = subject.anatomy
+    _check_identity(path, policy, subject)
+    _check_units(path, policy, anatomy)
+    tensors = _side_tensors(path, policy)
+    options = policy.options()
+    dropped = [block for block in anatomy.blocks if options.get(block.name) == DROP]
+    kept = {name: _kept(path, name, option.keep, tensors) for name, option in options.items() if option != DROP}
+    plan = plan_cut(anatomy.widths, anatomy.groups, kept=kept, dropped=dropped)
+    model = cut(subject.model, plan)
+    state = {name.removeprefix(TENSOR): tensor for name, tensor in tensors.items() if name.startswith(TENSOR)}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise PolicyError(f"{path}: its side file {policy.weights} does not fit the cut model: {error}") from None
+    return Applied(policy, model, plan)
+
+
+def _check_identity(path: Path, policy: Policy, subject: Subject) -> None:
+    if policy.model is None:
+        raise PolicyError(f"{path}: it does not say which model it is for (`model:`); write it with autoprune search")
+    identity = policy.model
+    if identity.structure != subject.structure:
+        found = sum(parameter.numel() for parameter in subject.task.model.parameters())
+        raise PolicyError(
+            f"{path}: it was made for {identity.name!r} ({identity.params:,} parameters); this model is "
+            f"{subject.task.name!r} ({found:,} parameters) and its layers have other names or shapes; "
+            "give the model it was made for (--model), or search anew"
+        )
+    if identity.fingerprint != subject.fingerprint:
+        raise PolicyError(
+            f"{path}: same architecture as {identity.name!r}, other weights "
+            f"(policy {identity.fingerprint[:19]}..., model {subject.fingerprint[:19]}...); "
+            "give the weights it was made for (--weights), or search anew"
+        )
+
+
+def _check_units(path: Path, policy: Policy, anatomy: Anatomy) -> None:
+    units = {unit.name: unit for unit in anatomy.units}
+    problems = []
+    for name, decision in policy.units.items():
+        if name not in units:
+            problems.append(f"units.{name}: the model has no such unit; {near_miss(name, units)}")
+        elif (units[name].kind, units[name].width) != (decision.kind, decision.of):
+            have = f"{units[name].kind} of {units[name].width}"
+            problems.append(f"units.{name}: the policy says {decision.kind} of {decision.of}, the model has {have}")
+    if problems:
+        raise PolicyError(f"{path}: does not fit the model:\n{listed(problems)}")
+
+
+def _side_tensors(path: Path, policy: Policy) -> dict[str, Tensor]:
+    if policy.weights is None:
+        raise PolicyError(f"{path}: it names no side file (`weights:`) with kept indices and weights; search anew")
+    if Path(policy.weights).name != policy.weights:
+        raise PolicyError(f"{path}: weights: {policy.weights!r} must be a file beside the policy, without folders")
+    side = path.parent / policy.weights
+    try:
+        content = side.read_bytes()
+    except OSError as error:
+        raise PolicyError(f"{side}: cannot be read ({error.strerror}); it belongs beside {path.name}") from None
+    if policy.weights_sha256 is not None and hashlib.sha256(content).hexdigest() != policy.weights_sha256:
+        raise PolicyError(f"{side}: is not the file that {path.name} was written with (its SHA-256 differs)")
+    try:
+        return dict(load(content))
+    except (SafetensorError, ValueError) as error:
+        raise PolicyError(f"{side}: is damaged: {error}") from None
+
+
+def _kept(path: Path, unit: str, keep: int, tensors: Mapping[str, Tensor]) -> Tensor:
+    indices = tensors.get(KEPT + unit)
+    if indices is None or indices.numel() != keep:
+        given = "none" if indices is None else str(indices.numel())
+        raise PolicyError(f"{path}: units.{unit}: keep is {keep}, its side file has {given} indices")
+    return indices

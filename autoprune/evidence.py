@@ -1,0 +1,210 @@
+"""From what was found to what is written down: policy, side file, outcome record. Looks at the held-out data, once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import torch
+from safetensors.torch import save
+
+from autoprune.core.budget import Metric, shown
+from autoprune.core.outcome import OutcomeRecord, PredictionCheck, TrialRecord, UnitRecord
+from autoprune.core.policy import Evidence, Measured, ModelIdentity, Policy, TargetRecord, UnitDecision
+from autoprune.core.space import Space
+from autoprune.core.unit import Option, Unit
+from autoprune.profile.cost_model import CostModel
+from autoprune.pursue import Contender, Floor, Found, counted_macs, measured, where
+from autoprune.verify import latency_record, overruns, params, score, size_bytes
+from autoprune.workbench import Subject, Workbench
+
+KEPT = "kept/"
+"""Prefix of the side file's tensors that hold kept channel indices."""
+TENSOR = "tensor/"
+"""Prefix of the side file's tensors that hold the cut model's state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What goes into a budget's folder."""
+
+    record: OutcomeRecord
+    side_file: bytes
+
+
+def write_down(bench: Workbench, found: Found, floor: Floor, *, title: str) -> Written:
+    """Measure the held-out numbers and assemble the outcome and the policy's side file."""
+    task, part = bench.subject.task, bench.subject.parts.held_out
+    dense_score = score(bench.subject.model, task.evaluator, part)
+    dense = Measured(
+        latency_ms=latency_record(found.dense_timing, reference_s=bench.table.dense_s if bench.table else None),
+        ratio=1.0, score=dense_score, divergence=0.0, macs=counted_macs(bench.subject.model, bench),
+        params=params(bench.subject.model), size_bytes=size_bytes(bench.subject.model),
+    )  # fmt: skip
+    chosen = measured(bench, found.chosen, score(found.chosen.candidate.model, task.evaluator, part))
+    baselines = {
+        contender.label: measured(bench, contender, score(contender.candidate.model, task.evaluator, part))
+        for contender in found.baselines
+    }
+    for contender in found.finalists:  # the best baseline, recovered like the finalists
+        if contender.label != "finalist" and contender.recovery is not None:
+            held_out = score(contender.candidate.model, task.evaluator, part)
+            baselines[f"{contender.label}, refitted"] = measured(bench, contender, held_out)
+    side = side_file(found.chosen)
+    policy = _policy(bench, found, floor, Evidence(
+        metric=task.evaluator.name, dense=dense, pruned=chosen, baselines=baselines, verified=True,
+        search=_search_facts(bench, found),
+    ), side)  # fmt: skip
+    met, verdict = judge(
+        chosen, found.limits, floor, dense=dense, metric=task.evaluator.name,
+        higher_is_better=task.evaluator.higher_is_better,
+    )  # fmt: skip
+    record = OutcomeRecord(
+        title=title, budget=found.budget.text, floor=floor.text, metric=task.evaluator.name,
+        higher_is_better=task.evaluator.higher_is_better, met=met, verdict=verdict,
+        beats_baselines=_beats(chosen, baselines, found, task.evaluator.higher_is_better), policy=policy, dense=dense,
+        chosen=chosen, finalists=tuple(measured(bench, contender) for contender in found.finalists),
+        baselines=baselines, units=unit_records(bench.space, bench.costs, _options(bench, found)),
+        trials=_trials(found), check=_check(bench), seconds={k: round(v, 2) for k, v in bench.stages.seconds.items()},
+        notes=tuple(f"kept whole: {entry.root} ({entry.reason})" for entry in bench.subject.anatomy.refused),
+    )  # fmt: skip
+    return Written(record, side)
+
+
+def judge(
+    value: Measured, limits: Mapping[Metric, float], floor: Floor, *, dense: Measured, metric: str,
+    higher_is_better: bool,
+) -> tuple[bool, str]:  # fmt: skip
+    """Whether every promise holds, and one sentence that says by how much."""
+    over = overruns(value, limits)
+    parts: list[str] = []
+    numbers: dict[str, float] = {"macs": value.macs, "params": value.params, "size": value.size_bytes}
+    if value.latency_ms is not None:
+        numbers["latency"] = value.latency_ms.median / 1e3
+    for name, limit in limits.items():
+        if name in over:
+            missed = 100 * (over[name] - 1)
+            parts.append(f"{name} {shown(name, numbers[name])} misses {shown(name, limit)} by {missed:.1f} %")
+        else:
+            spare = 100 * (1 - numbers[name] / limit)
+            parts.append(f"{name} {shown(name, numbers[name])} keeps {shown(name, limit)} ({spare:.1f} % to spare)")
+    met = not over
+    if value.score is not None and dense.score is not None:
+        short = floor.shortfall(value.score.value, dense.score.value, higher_is_better=higher_is_better)
+        scored = f"{metric} {value.score.value:.4f} (dense {dense.score.value:.4f})"
+        if floor.text:
+            parts.append(f"{scored} {'keeps' if short <= 0 else f'is {short:.4f} below'} the floor ({floor.text})")
+            met = met and short <= 0
+        else:
+            parts.append(scored)
+    return met, f"{'met' if met else 'missed'}: {'; '.join(parts)}"
+
+
+def side_file(chosen: Contender) -> bytes:
+    """Exact kept indices and the cut model's whole state, as safetensors."""
+    tensors = {KEPT + unit: indices for unit, indices in chosen.candidate.plan.units.items()}
+    tensors |= {TENSOR + name: tensor for name, tensor in chosen.candidate.model.state_dict().items()}
+    return bytes(save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}))
+
+
+def model_identity(subject: Subject) -> ModelIdentity:
+    """Which model a policy belongs to."""
+    shape = [subject.task.target.batch, *subject.example.shape[1:]]
+    return ModelIdentity(
+        name=subject.task.name, fingerprint=subject.fingerprint, structure=subject.structure,
+        params=params(subject.task.model), example=[shape],
+    )  # fmt: skip
+
+
+def unit_records(space: Space, costs: CostModel, options: Mapping[str, Option]) -> tuple[UnitRecord, ...]:
+    """Every unit with its share of the dense cost: what is gone when its layers are gone."""
+    total = costs.dense
+    latency = total.get("latency")
+    return tuple(
+        UnitRecord(
+            name=unit.name, kind=unit.kind, width=unit.width,
+            keep=options[unit.name].keep if unit.name in options else unit.width,
+            method=options[unit.name].method if unit.name in options else "keep",
+            macs_share=_share(unit, space, costs, "macs"),
+            latency_share=_share(unit, space, costs, "latency") if latency is not None else None,
+        )
+        for unit in space.units
+    )  # fmt: skip
+
+
+def _share(unit: Unit, space: Space, costs: CostModel, metric: Metric) -> float:
+    """What share of the dense cost this unit's narrowest option saves: the most it can give."""
+    index = space.names.index(unit.name)
+    saved = -float(min(costs.linearise(metric, space.dense)[index], default=0.0))
+    return max(0.0, saved / costs.dense[metric])
+
+
+def _options(bench: Workbench, found: Found) -> dict[str, Option]:
+    return bench.space.options_of(found.chosen.choice)
+
+
+def decisions(units: Mapping[str, Unit], options: Mapping[str, Option]) -> dict[str, UnitDecision]:
+    """Options as the policy file says them."""
+    return {
+        name: UnitDecision(
+            kind=units[name].kind, method=option.method, keep=option.keep, of=units[name].width,
+            compensate=option.compensate,
+        )
+        for name, option in options.items()
+    }  # fmt: skip
+
+
+def _policy(bench: Workbench, found: Found, floor: Floor, evidence: Evidence, side: bytes) -> Policy:
+    task = bench.subject.task
+    floors = {"max_drop": floor.max_drop, "min_accuracy": floor.min_value}
+    return Policy(
+        units=decisions({unit.name: unit for unit in bench.space.units}, _options(bench, found)),
+        model=model_identity(bench.subject),
+        target=TargetRecord(
+            runtime=task.target.runtime, device=task.target.device, threads=task.target.threads,
+            batch=task.target.batch, where=where(),
+        ),
+        budget={limit.metric: limit.text for limit in found.budget.limits},
+        floor={name: value for name, value in floors.items() if value is not None},
+        evidence=evidence,
+        weights="policy.safetensors",
+        weights_sha256=hashlib.sha256(side).hexdigest(),
+    )  # fmt: skip
+
+
+def _search_facts(bench: Workbench, found: Found) -> dict[str, object]:
+    study = found.record.study
+    return {
+        "sampler": type(study.sampler).__name__, "trials": len(found.record.trials()), "rounds": found.rounds,
+        "seed": bench.subject.task.seed, "study": study.study_name,
+        "limits": {metric: float(value) for metric, value in found.limits.items()},
+        "versions": {"autoprune": version("autoprune"), "torch": str(torch.__version__), "optuna": version("optuna")},
+    }  # fmt: skip
+
+
+def _beats(chosen: Measured, baselines: Mapping[str, Measured], found: Found, higher_is_better: bool) -> bool:
+    """Whether no baseline within the budget scored better on held-out data."""
+    assert chosen.score is not None
+    rivals = [b.score.value for b in baselines.values() if b.score is not None and not overruns(b, found.limits)]
+    mine = chosen.score.value
+    return all(mine >= value if higher_is_better else mine <= value for value in rivals)
+
+
+def _trials(found: Found) -> tuple[TrialRecord, ...]:
+    records = []
+    for trial in found.record.trials():
+        costs = {k.removeprefix("cost."): float(v) for k, v in trial.user_attrs.items() if k.startswith("cost.")}
+        records.append(TrialRecord(
+            number=trial.number, origin=str(trial.user_attrs.get("origin", "")), state=trial.state.name.lower(),
+            divergence=trial.value if trial.values else None, costs=costs,
+        ))  # fmt: skip
+    return tuple(records)
+
+
+def _check(bench: Workbench) -> PredictionCheck | None:
+    if bench.table is None:
+        return None
+    check = bench.table.check
+    return PredictionCheck(models=check.models, median_error=check.median_error, worst_error=check.worst_error)

@@ -1,0 +1,349 @@
+"""One budget, from limits to a verified outcome: search, time, recover, choose, judge.
+
+Candidates are chosen on the selection data alone. The held-out part is looked at once, for the claimed numbers.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from autoprune.bank.stitch import Candidate
+from autoprune.core.budget import Budget, Limit, Metric, shown
+from autoprune.core.policy import Measured, ScoreRecord
+from autoprune.core.space import Choice
+from autoprune.core.unit import Compensate
+from autoprune.errors import BudgetError, ConfigError
+from autoprune.model.describe import macs_of
+from autoprune.model.fingerprint import of_text
+from autoprune.profile.clock import Timing
+from autoprune.profile.cost_model import CostModel
+from autoprune.progress import Progress
+from autoprune.recover.refit import Reference, refit
+from autoprune.search.baselines import global_magnitude, uniform
+from autoprune.search.engine import Finished, ranked, run_search
+from autoprune.search.problem import Problem
+from autoprune.search.sampler import prior_starts
+from autoprune.search.samplers import sampler_by_name
+from autoprune.search.study import StudyRecord, open_study
+from autoprune.verify import latency_record, overruns, params, score, size_bytes
+from autoprune.workbench import Workbench
+
+ROUNDS = 3
+"""How often the table is corrected and the search repeated when no finalist keeps the budget."""
+_MOST_MARGIN = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """The least metric allowed: an absolute value, or a drop from the dense model's. Neither: anything goes."""
+
+    max_drop: float | None = None
+    min_value: float | None = None
+
+    @property
+    def text(self) -> str:
+        """As the user would write it; empty when anything goes."""
+        parts = [f"max drop {100 * self.max_drop:g} points"] if self.max_drop is not None else []
+        return " + ".join(parts + ([f"at least {self.min_value:g}"] if self.min_value is not None else []))
+
+    def shortfall(self, value: float, dense: float, *, higher_is_better: bool) -> float:
+        """By how much `value` is below the floor; zero or less when it holds."""
+        worse = dense - value if higher_is_better else value - dense
+        by_drop = worse - self.max_drop if self.max_drop is not None else -1.0
+        by_value = self.min_value - value if self.min_value is not None else -1.0
+        return max(by_drop, by_value)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a search is run."""
+
+    trials: int = 200
+    seconds: float | None = None
+    sampler: str = "budget"
+    finalists: int = 6
+    refit: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A choice that was really cut and timed, and perhaps recovered."""
+
+    label: str
+    choice: Choice
+    candidate: Candidate
+    timing: Timing
+    predicted: Mapping[str, float]
+    divergence: float
+    recovery: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the pursuit of one budget gave, with everything the report needs."""
+
+    budget: Budget
+    limits: Mapping[Metric, float]
+    chosen: Contender
+    finalists: tuple[Contender, ...]
+    baselines: tuple[Contender, ...]
+    dense_timing: Timing
+    record: StudyRecord
+    rounds: int
+
+
+def resolve_limits(costs: CostModel, budget: Budget) -> dict[Metric, float]:
+    """The budget in each metric's own unit. Raises BudgetError where it is no limit or out of reach."""
+    limits = budget.resolve({metric: costs.dense[metric] for metric in _metrics(budget)})
+    for limit in budget.limits:
+        least, dense = costs.range(limit.metric)
+        wanted = limits[limit.metric]
+        reach = f"reachable: {shown(limit.metric, least)} to {shown(limit.metric, dense)} (the dense model)"
+        if wanted < least:
+            proposal = shown(limit.metric, min(dense, 1.05 * least)).replace(" ", "")
+            raise BudgetError(
+                f"budget {limit.text}: no policy is that cheap here; {reach}; try --budget {proposal} or 50%"
+            )
+        if wanted >= dense:
+            raise BudgetError(
+                f"budget {limit.text}: the dense model meets it already ({shown(limit.metric, dense)}); {reach}; "
+                "try --budget 50%"
+            )
+    return limits
+
+
+def _metrics(budget: Budget) -> list[Metric]:
+    return [limit.metric for limit in budget.limits]
+
+
+def pursue(
+    bench: Workbench, budget: Budget, *, plan: Plan, journal: Path, progress: Progress, name: str | None = None
+) -> Found:
+    """Search within `budget`, correct the table where reality differs, recover the finalists and choose one."""
+    limits = resolve_limits(bench.costs, budget)
+    allowed = _with_margin(bench, limits)
+    for round_number in range(1, ROUNDS + 1):
+        trials = plan.trials if round_number == 1 else max(20, plan.trials // 4)
+        study = f"{name or budget.text}{'' if round_number == 1 else f' round {round_number}'}"
+        problem, record, finished = _search(bench, allowed, replace(plan, trials=trials), study=study,
+                                            journal=journal, progress=progress)  # fmt: skip
+        finalists, baselines, dense = _timed(bench, problem, record, finished, plan=plan, progress=progress)
+        keeping = [c for c in finalists if not _misses(bench, c, limits)]
+        if keeping or round_number == ROUNDS:
+            break
+        off = float(np.median([_off(bench, contender) for contender in finalists]))
+        progress.note(f"no finalist keeps the budget: latency is {off:.3f} x the prediction; the table is corrected")
+        allowed = {m: v / max(off, 1.005) if m == "latency" else v for m, v in allowed.items()}
+    recovered = _recovered(bench, keeping or finalists, baselines, limits, plan=plan, progress=progress)
+    chosen = min(recovered, key=lambda contender: contender.divergence)
+    chosen = bench.stages.timed("recover", lambda: _mended(bench, chosen, bench.thorough)) if plan.refit else chosen
+    return Found(budget, limits, chosen, tuple(recovered), tuple(baselines), dense, record, round_number)
+
+
+def fastest(bench: Workbench, floor: Floor, *, plan: Plan, journal: Path, progress: Progress, steps: int = 5) -> Found:
+    """The fastest policy above `floor`, by bisection over the latency budget; judged on the selection data.
+
+    Raises BudgetError when not even a hair's breadth below the dense model's latency keeps the floor.
+    """
+    least, dense = bench.costs.range("latency")
+    low, high, best = least / dense, 1.0, None
+    each = replace(plan, trials=max(20, plan.trials // steps), finalists=min(plan.finalists, 3))
+    for step in range(steps):
+        share = (low + high) / 2 if step else min(0.75, (low + high) / 2 + 0.1)
+        budget = Budget((Limit("latency", share, relative=True, text=f"{100 * share:.1f}%"),))
+        found = pursue(bench, budget, plan=each, journal=journal, progress=progress, name=f"floor {budget.text}")
+        kept = _keeps_floor(bench, floor, found.chosen) and not _misses(bench, found.chosen, found.limits)
+        progress.note(f"latency {budget.text}: the floor {'holds' if kept else 'does not hold'} on the selection data")
+        low, high = (low, share) if kept else (share, high)
+        best = found if kept else best
+    if best is None:
+        raise BudgetError(f"no policy faster than the dense model keeps the floor ({floor.text}); allow a larger drop")
+    return best
+
+
+def _keeps_floor(bench: Workbench, floor: Floor, contender: Contender) -> bool:
+    task, part = bench.subject.task, bench.subject.parts.selection
+    dense = score(bench.subject.model, task.evaluator, part)
+    value = score(contender.candidate.model, task.evaluator, part)
+    return floor.shortfall(value.value, dense.value, higher_is_better=task.evaluator.higher_is_better) <= 0
+
+
+def _with_margin(bench: Workbench, limits: Mapping[Metric, float]) -> dict[Metric, float]:
+    """Limits for predictions: latency is aimed at a little below, by what the table's check says of its error."""
+    error = min(bench.table.check.median_error, _MOST_MARGIN) if bench.table is not None else 0.0
+    return {metric: limit * (1 - error) if metric == "latency" else limit for metric, limit in limits.items()}
+
+
+def _search(
+    bench: Workbench, limits: Mapping[Metric, float], plan: Plan, *, study: str, journal: Path, progress: Progress
+) -> tuple[Problem, StudyRecord, tuple[Finished, ...]]:
+    task = bench.subject.task
+    problem = Problem(bench.space, bench.costs, limits, bench.priors)
+    sampler = sampler_by_name(plan.sampler, problem, seed=task.seed)
+    mark = of_text(bench.space, bench.subject.fingerprint, task.target.text, plan.sampler, task.seed)[:8]
+    record = open_study(journal, problem, sampler=sampler, name=f"{study} [{mark}]")
+    starts = baseline_choices(bench, problem)
+    if not starts and not prior_starts(problem):
+        raise BudgetError(f"budget {study}: no policy keeps all limits at once; loosen one of them")
+    progress.phase("search", plan.trials)
+    bench.scorer.forget_best()
+    finished = bench.stages.timed(
+        "search",
+        lambda: run_search(problem, record, bench.scorer, trials=plan.trials, baselines=starts, seconds=plan.seconds,
+                           progress=progress),
+    )  # fmt: skip
+    if not finished:
+        raise BudgetError(f"budget {study}: no trial was finished; give more --trials or --seconds")
+    return problem, record, finished
+
+
+def baseline_choices(bench: Workbench, problem: Problem) -> dict[str, Choice]:
+    """What the search must beat: uniform l2, uniform by each method's best form, global magnitude."""
+    choices: dict[str, Choice | None] = {}
+    pairs = [(choice.method, choice.compensate) for choice in bench.subject.task.spec.methods]
+    plain: Compensate = "none"
+    first = ("l2", plain) if ("l2", plain) in pairs else (pairs[0][0], pairs[0][1])
+    choices[f"uniform {first[0]}"] = uniform(problem, method=first[0], compensate=first[1])
+    best = next((pair for pair in pairs if pair == ("obs", "least_squares")), None)
+    if best is not None:
+        choices["uniform obs + least squares"] = uniform(problem, method=best[0], compensate=best[1])
+    if ("l2", plain) in pairs:
+        choices["global magnitude"] = global_magnitude(problem, _magnitudes(bench))
+    return {name: choice for name, choice in choices.items() if choice is not None}
+
+
+def _magnitudes(bench: Workbench) -> dict[str, list[float]]:
+    """The l2 norm of every channel's producers, by unit."""
+    modules = dict(bench.subject.model.named_modules())
+    scores: dict[str, list[float]] = {}
+    for group in bench.subject.anatomy.groups:
+        total = torch.zeros(group.width, dtype=torch.float64)
+        for member in group.on("out"):
+            weight = modules[member.layer].weight
+            assert isinstance(weight, torch.Tensor)
+            total += weight.detach().double().flatten(1).square().sum(1)[member.positions].sum(1)
+        scores[group.root] = total.sqrt().tolist()
+    return scores
+
+
+def _timed(
+    bench: Workbench, problem: Problem, record: StudyRecord, finished: Sequence[Finished], *, plan: Plan,
+    progress: Progress,
+) -> tuple[list[Contender], list[Contender], Timing]:  # fmt: skip
+    """Finalists and baselines really cut and timed beside the dense model."""
+    chosen = list(finished[: plan.finalists])
+    starts = {f.origin.removeprefix("baseline:"): f for f in ranked(record) if f.origin.startswith("baseline:")}
+    for name, choice in baseline_choices(bench, problem).items():
+        match = next((f for f in finished if f.choice == problem.space.normal(choice)), None)
+        if match is not None:
+            starts.setdefault(name, match)
+    labelled = [("finalist", trial) for trial in chosen] + list(starts.items())
+    progress.phase("verify", len(labelled))
+
+    def work() -> tuple[list[Contender], list[Contender], Timing]:
+        candidates = [bench.stitcher.build(bench.space.options_of(trial.choice)) for _, trial in labelled]
+        dense, timings = bench.stopwatch.compare([candidate.model for candidate in candidates])
+        contenders = [
+            Contender(label, trial.choice, candidate, timing, _predicted(bench, trial.choice), trial.value)
+            for (label, trial), candidate, timing in zip(labelled, candidates, timings, strict=True)
+        ]
+        progress.step(len(labelled))
+        return contenders[: len(chosen)], contenders[len(chosen) :], dense
+
+    return bench.stages.timed("verify", work)
+
+
+def _predicted(bench: Workbench, choice: Choice) -> dict[str, float]:
+    metrics: list[Metric] = ["macs", "params", "size"]
+    if bench.table is not None:
+        metrics.append("latency")
+    return {metric: bench.costs.cost(metric, choice) for metric in metrics}
+
+
+def _off(bench: Workbench, contender: Contender) -> float:
+    if "latency" not in contender.predicted:
+        return 1.0
+    return contender.timing.ratio / (contender.predicted["latency"] / bench.costs.dense["latency"])
+
+
+def _misses(bench: Workbench, contender: Contender, limits: Mapping[Metric, float]) -> bool:
+    return bool(overruns(measured(bench, contender), limits))
+
+
+def _recovered(
+    bench: Workbench, finalists: Sequence[Contender], baselines: Sequence[Contender], limits: Mapping[Metric, float],
+    *, plan: Plan, progress: Progress,
+) -> list[Contender]:  # fmt: skip
+    """Finalists, and the best baseline that keeps the budget, refitted and scored again on all selection data."""
+    standing = [contender for contender in baselines if not _misses(bench, contender, limits)]
+    best = min(standing, key=lambda contender: contender.divergence, default=None)
+    racing = list(finalists)
+    if best is not None and all(best.choice != contender.choice for contender in finalists):
+        racing.append(best)
+    if not plan.refit:
+        return racing
+    progress.phase("recover", len(racing))
+
+    def mend(contender: Contender) -> Contender:
+        mended = _mended(bench, contender, bench.quick)
+        progress.step()
+        return mended
+
+    return bench.stages.timed("recover", lambda: [mend(contender) for contender in racing])
+
+
+def _mended(bench: Workbench, contender: Contender, reference: Reference) -> Contender:
+    """A refitted copy of a contender, or the contender itself where that made it no better on the selection data."""
+    candidate = bench.stitcher.build(bench.space.options_of(contender.choice))
+    layers = refit(reference, candidate)
+    divergence = float(bench.selection.divergences(candidate.model).mean())
+    if not divergence < contender.divergence:
+        return contender
+    return replace(contender, candidate=candidate, divergence=divergence, recovery=f"refit of {layers} layers")
+
+
+def measured(bench: Workbench, contender: Contender, held_out: ScoreRecord | None = None) -> Measured:
+    """A contender's numbers: latency from paired ratios and the dense reference, counts from the cut model itself."""
+    model = contender.candidate.model
+    predicted = contender.predicted.get("latency")
+    return Measured(
+        latency_ms=latency_record(contender.timing, reference_s=reference_latency(bench, contender.timing)),
+        ratio=round(contender.timing.ratio, 5),
+        predicted_ms=None if predicted is None else round(1e3 * predicted, 4),
+        score=held_out,
+        divergence=contender.divergence,
+        macs=counted_macs(model, bench),
+        params=params(model),
+        size_bytes=size_bytes(model),
+        recovery=contender.recovery,
+    )
+
+
+def reference_latency(bench: Workbench, timing: Timing) -> float:
+    """The dense latency that ratios are multiplied with: the table's, or what this timing saw of the dense model."""
+    if bench.table is not None:
+        return bench.table.dense_s
+    return float(np.median([second / ratio for second, ratio in zip(timing.seconds, timing.ratios, strict=True)]))
+
+
+def counted_macs(model: nn.Module, bench: Workbench) -> int:
+    """Multiply-adds of one sample, counted on the model as it is."""
+    return macs_of(model, bench.subject.task.data.validation_inputs[:1])
+
+
+def where() -> str:
+    """The machine, for the record."""
+    return f"{platform.system()} {platform.machine()}, {platform.processor() or 'unknown processor'}"
+
+
+def check_goal(budgets: Sequence[Budget], floor: Floor) -> None:
+    """Raises ConfigError when neither a budget nor a floor was given."""
+    if not floor.text and all(not budget.limits for budget in budgets):
+        raise ConfigError("give a budget (--budget 5ms) or an accuracy floor (--max-drop 1%), or both")

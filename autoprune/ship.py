@@ -1,0 +1,132 @@
+"""Writing a cut model down for use without autoprune: ONNX, state dict with a script that rebuilds it, torch.export."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from autoprune.errors import TargetError
+from autoprune.files import write_bytes, write_text
+from autoprune.model.cut import CutPlan
+from autoprune.progress import Progress
+from autoprune.runtimes import runtime
+
+_SCRIPT = '''"""Rebuilds the pruned model from {factory!r} and {weights!r}. Needs torch and safetensors, not autoprune.
+
+    from rebuild import model
+    network = model()
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+HERE = Path(__file__).resolve().parent
+FACTORY = {factory!r}
+DROPPED = {dropped!r}  # block -> what stays of it
+
+
+class Dropped(nn.Module):
+    """Hands its first input on, after the activation that stayed."""
+
+    def __init__(self, rest):
+        super().__init__()
+        self.rest = rest
+
+    def forward(self, x, *_):
+        return torch.relu(x) if self.rest == "relu" else x
+
+
+def dense_model():
+    """The unpruned model, from your own factory."""
+    source, _, name = FACTORY.partition(":")
+    if not source.endswith(".py"):
+        return getattr(importlib.import_module(source), name)()
+    path = next((p for p in (HERE / source, Path(source)) if p.exists()), None)
+    if path is None:
+        raise SystemExit(f"{{source}} was not found beside this file; put your model's file there")
+    sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)()
+
+
+def fit(layer, name, state):
+    """Give one layer the shapes of the stored tensors."""
+    weight = state.get(f"{{name}}.weight")
+    if weight is None:
+        return
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        if layer.groups == layer.in_channels == layer.out_channels > 1:
+            layer.groups = layer.in_channels = weight.shape[0]
+        else:
+            layer.in_channels = weight.shape[1] * layer.groups
+        layer.out_channels = weight.shape[0]
+    elif isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = weight.shape
+    elif isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+        layer.num_features = weight.shape[0]
+    for key, tensor in list(layer.named_parameters(recurse=False)):
+        stored = state[f"{{name}}.{{key}}"]
+        if tensor.shape != stored.shape:
+            setattr(layer, key, nn.Parameter(torch.empty_like(stored)))
+    for key, tensor in list(layer.named_buffers(recurse=False)):
+        stored = state[f"{{name}}.{{key}}"]
+        if tensor.shape != stored.shape:
+            setattr(layer, key, torch.empty_like(stored))
+
+
+def model():
+    """The pruned model in evaluation mode."""
+    state = load_file(HERE / {weights!r})
+    network = dense_model()
+    for name, rest in DROPPED.items():
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, Dropped(rest))
+    for name, layer in network.named_modules():
+        fit(layer, name, state)
+    network.load_state_dict(state)
+    return network.eval()
+
+
+if __name__ == "__main__":
+    print(model())
+'''
+
+
+def write_model(
+    model: nn.Module, plan: CutPlan, *, example: Tensor, factory: str, folder: Path, progress: Progress
+) -> dict[str, Path]:
+    """Write every form of the cut `model` into `folder`; kind -> path. A form that cannot be written is noted."""
+    written: dict[str, Path] = {}
+    weights = folder / "model.safetensors"
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    write_bytes(weights, save(state))
+    written["state dict"] = weights
+    script = folder / "rebuild.py"
+    dropped = {block.name: block.rest for block in plan.dropped}
+    write_text(script, _SCRIPT.format(factory=factory, weights=weights.name, dropped=dropped))
+    written["rebuild script"] = script
+    for kind, name, file in _FORMS:
+        path = folder / file
+        try:
+            runtime(name).save(model, example, path)
+        except TargetError as error:
+            progress.note(f"{kind} was not written: {error}")
+        else:
+            written[kind] = path
+    return written
+
+
+_FORMS: Sequence[tuple[str, str, str]] = (
+    ("onnx", "onnxruntime", "model.onnx"),
+    ("torch.export", "torch", "model.pt2"),
+)

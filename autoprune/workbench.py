@@ -1,0 +1,360 @@
+"""Everything about one model that is measured once and used by every budget: units, bank, cost table, priors.
+
+A workbench is made from a task and a run folder; what the folder holds already (by fingerprint) is not made again.
+Knows nothing of budgets.
+"""
+
+from __future__ import annotations
+
+import copy
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from autoprune.bank import store
+from autoprune.bank.build import Bank, CalibrationData, Harms, local_harms, observe, rank
+from autoprune.bank.calibrate import CalibrationSettings
+from autoprune.bank.stitch import Stitcher, shape_only
+from autoprune.core.cost import LatencyTable
+from autoprune.core.space import Choice, Space
+from autoprune.core.target import Target
+from autoprune.data import Data, Split, check_fits, split
+from autoprune.errors import RunError
+from autoprune.evaluators.base import Evaluator
+from autoprune.evaluators.divergence import DivergenceKind
+from autoprune.files import cause, write_text
+from autoprune.methods import method
+from autoprune.model.describe import macs_of
+from autoprune.model.discover import Anatomy, discover
+from autoprune.model.fingerprint import of_tensors, of_text, structure_fingerprint, weights_fingerprint
+from autoprune.model.flow import norms_after
+from autoprune.model.recalibrate import Anchor
+from autoprune.profile.cost_model import CostModel
+from autoprune.profile.latency import Bench, measure_table
+from autoprune.progress import Progress
+from autoprune.recover.refit import Reference
+from autoprune.runtimes import runtime
+from autoprune.search.measured_prior import one_at_a_time
+from autoprune.search.scorer import Scorer, Selection
+from autoprune.spaces import SpaceSpec, resolve
+from autoprune.verify import Stopwatch
+
+Result = TypeVar("Result")
+
+BATCH = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a person brings: a trained model, data, a metric, a target, and what may be done."""
+
+    model: nn.Module
+    name: str
+    data: Data
+    evaluator: Evaluator
+    target: Target
+    spec: SpaceSpec
+    example_shape: tuple[int, ...] | None = None
+    """Shape of one sample on the target, without the batch; None: the data's."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """How many samples each step looks at. Set by the model's MACs, so that a step costs alike for all models and the
+    same model is always treated alike; a model of up to 125 MMACs gets the most.
+    """
+
+    calibrate: int
+    """Moments and final refits."""
+    gradients: int
+    recalibrate: int
+    """Batch norms of every candidate."""
+    probe: int
+    """One unit changed alone."""
+    refit: int
+    """Finalists, before one of them is chosen."""
+
+    @classmethod
+    def of(cls, macs: int) -> Samples:
+        """For a model of so many multiply-adds a sample."""
+
+        def within(total: float, least: int, most: int) -> int:
+            return int(min(most, max(least, total / max(macs, 1))))
+
+        return cls(
+            calibrate=within(256e9, 256, 2048),
+            gradients=within(64e9, 64, 512),
+            recalibrate=within(64e9, 64, 512),
+            probe=within(24e9, 32, 256),
+            refit=within(100e9, 128, 768),
+        )
+
+
+@dataclass(slots=True)
+class Stages:
+    """Wall seconds of each stage, summed."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def timed(self, name: str, work: Callable[[], Result]) -> Result:
+        """Run `work` and add its time to stage `name`."""
+        start = time.perf_counter()
+        try:
+            return work()
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The model as the search sees it: a private copy, its units, its data in batches, what it is."""
+
+    task: Task
+    model: nn.Module
+    anatomy: Anatomy
+    parts: Split
+    example: Tensor
+    """One batch of the target's shape."""
+    samples: Samples
+    fingerprint: str
+    structure: str
+
+
+@dataclass(frozen=True, slots=True)
+class Workbench:
+    """A subject with everything measured about it."""
+
+    subject: Subject
+    space: Space
+    costs: CostModel
+    table: LatencyTable | None
+    bank: Bank
+    priors: Mapping[str, Sequence[NDArray[np.float64]]]
+    stitcher: Stitcher
+    selection: Selection
+    scorer: Scorer
+    quick: Reference
+    """Refits finalists, to choose among them."""
+    thorough: Reference
+    """Refits the chosen one, on all calibration data."""
+    stopwatch: Stopwatch
+    stages: Stages
+
+
+def subject_of(task: Task, progress: Progress) -> Subject:
+    """Copy the model, discover its units and split the data. The user's model is not written, here or later."""
+    progress.phase("discover")
+    model = copy.deepcopy(task.model).eval()
+    if task.data.validation_inputs.ndim == 4:
+        in_memory(model, torch.channels_last)  # a third faster on CPUs; the same numbers
+    check_fits(model, task.data)
+    parts = split(task.data)
+    if parts.note:
+        progress.note(parts.note)
+    anatomy = discover(model, task.data.validation_inputs[:2], protect=task.spec.protect, blocks=task.spec.blocks)
+    for refused in anatomy.refused:
+        progress.note(f"kept whole: {refused.root} ({refused.reason})")
+    shape = task.example_shape or tuple(task.data.validation_inputs.shape[1:])
+    example = torch.randn(task.target.batch, *shape, generator=torch.Generator().manual_seed(0))
+    if shape == tuple(task.data.validation_inputs.shape[1:]):
+        example = task.data.validation_inputs[:1].expand(task.target.batch, *shape).contiguous()
+    return Subject(
+        task, model, anatomy, parts, example, Samples.of(macs_of(model, task.data.validation_inputs[:1])),
+        weights_fingerprint(task.model), structure_fingerprint(task.model),
+    )  # fmt: skip
+
+
+def in_memory(model: nn.Module, memory_format: torch.memory_format) -> None:
+    """Lay the weights of every 2-d convolution of `model` (our own copy) out so, in place."""
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=memory_format)
+
+
+def measured_costs(
+    subject: Subject, folder: Path, *, latency: bool, stages: Stages, progress: Progress
+) -> tuple[Space, CostModel, LatencyTable | None]:
+    """The cost table, and the space whose widths fit the runtime's steps. Latency is measured only when asked for."""
+    task = subject.task
+    units = subject.anatomy.units
+    table = stages.timed("profile", lambda: _table(subject, folder, progress)) if latency else None
+    first = resolve(units, task.spec)
+    aligned = None
+    if table is not None:
+        aligned = CostModel(subject.anatomy.architecture, first, table).aligned_widths
+    space = resolve(units, task.spec, aligned=aligned)
+    return space, CostModel(subject.anatomy.architecture, space, table), table
+
+
+def _table(subject: Subject, folder: Path, progress: Progress) -> LatencyTable:
+    """The latency table of this model's shapes on this target and machine, measured or read."""
+    task = subject.task
+    engine = runtime(task.target.runtime)
+    space = resolve(subject.anatomy.units, task.spec)
+    key = of_text(
+        subject.anatomy.architecture, space, task.target.text, tuple(subject.example.shape), engine.version(),
+        platform.node(), platform.processor(),
+    )  # fmt: skip
+    path = folder / "tables" / f"{key[:16]}.json"
+    if path.exists():
+        try:
+            table = LatencyTable.model_validate_json(path.read_text(encoding="utf-8"))
+        except ValueError:
+            progress.note(f"{path} is damaged and is measured anew")
+        else:
+            if table.key == key:
+                progress.note(f"reused the latency table ({table.fitted_models} models, {path.name})")
+                return table
+
+    def build(choice: Choice) -> nn.Module:
+        return shape_only(subject.model, subject.anatomy, space.options_of(choice))
+
+    bench = Bench(build, engine, task.target, subject.example)
+    table = measure_table(space, subject.anatomy.architecture, bench=bench, key=key, seed=task.seed, progress=progress)
+    write_text(path, table.model_dump_json(indent=1))
+    return table
+
+
+def prepare(
+    subject: Subject, space: Space, costs: CostModel, table: LatencyTable | None, *, folder: Path, stages: Stages,
+    progress: Progress,
+) -> Workbench:  # fmt: skip
+    """Calibrate, rank, estimate harm: the rest of what every budget shares."""
+    task, model = subject.task, subject.model
+    samples = subject.samples
+    batches = _batches(task.data.calibration_inputs[: samples.calibrate])
+    kind: DivergenceKind = "mse" if task.data.validation_targets.is_floating_point() else "kl"
+    bank, key = stages.timed("bank", lambda: _bank(subject, batches, folder, progress))
+    anchor = Anchor.of(model, _batches(task.data.calibration_inputs[: samples.recalibrate]))
+    stitcher = Stitcher(model, subject.anatomy, bank, anchor=anchor)
+    selection = Selection.of(model, _batches(subject.parts.selection.inputs), kind)
+    space = _ranked_only(space, bank, progress)
+    costs = CostModel(subject.anatomy.architecture, space, table)
+    priors = stages.timed(
+        "priors", lambda: _priors(subject, space, bank, selection, folder=folder, key=key, progress=progress)
+    )
+    engine = runtime(task.target.runtime)
+    return Workbench(
+        subject, space, costs, table, bank, priors, stitcher, selection, Scorer(stitcher, space, selection),
+        Reference.of(model, _batches(task.data.calibration_inputs[: samples.refit])), Reference.of(model, batches),
+        Stopwatch.of(model, engine, task.target, example=subject.example), stages,
+    )  # fmt: skip
+
+
+def _batches(inputs: Tensor) -> tuple[Tensor, ...]:
+    if inputs.ndim == 4:
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+    return torch.split(inputs, BATCH)
+
+
+def _bank(subject: Subject, batches: tuple[Tensor, ...], folder: Path, progress: Progress) -> tuple[Bank, str]:
+    """The bank, read from the run folder when it was made from the same weights, data and methods."""
+    task, samples = subject.task, subject.samples
+    settings = CalibrationSettings(gradient_samples=samples.gradients, seed=task.seed)
+    names = sorted({choice.method for choice in task.spec.methods})
+    versions = [(name, method(name).version) for name in names]
+    data = of_tensors([("x", task.data.calibration_inputs), ("y", task.data.calibration_targets)])
+    key = of_text(subject.fingerprint, data, versions, settings, samples, subject.anatomy.units, "bank 1")
+    path = folder / "bank" / f"{key[:16]}.safetensors"
+    norms = norms_after(subject.model, batches[0][:2])
+    tensors = store.load_tensors(path, key=key)
+    if tensors is not None:
+        progress.note(f"reused the bank ({path.name})")
+        orders: dict[str, dict[str, Tensor]] = {group.root: {} for group in subject.anatomy.groups}
+        for name, tensor in tensors.items():
+            if name.startswith("order/"):
+                unit, by = name[len("order/") :].rsplit("/", 1)
+                orders[unit][by] = tensor
+        return Bank(store.unflatten(tensors), orders, norms), key
+    targets = _classes(subject, batches)
+    statistics = observe(
+        subject.model, subject.anatomy, CalibrationData(batches, targets), settings=settings, progress=progress
+    )
+    orders = rank(
+        subject.model, subject.anatomy, statistics, norms=norms, methods=names, targets=torch.cat(targets),
+        seed=task.seed, progress=progress,
+    )  # fmt: skip
+    ranked = {f"order/{unit}/{by}": order for unit, methods in orders.items() for by, order in methods.items()}
+    store.save_tensors(path, {**store.flatten(statistics), **ranked}, {"key": key})
+    return Bank(statistics, orders, norms), key
+
+
+def _classes(subject: Subject, batches: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What gradients are taken against: labels, or the dense model's own answers where there are none."""
+    given = subject.task.data.calibration_targets
+    if given is not None:
+        return torch.split(given[: subject.samples.calibrate], BATCH)
+    answers = []
+    with torch.no_grad():
+        for batch in batches:
+            output = subject.model(batch)
+            output = output[0] if isinstance(output, (tuple, list)) else output
+            regression = subject.task.data.validation_targets.is_floating_point()
+            answers.append(output if regression else output.argmax(1))
+    return tuple(answers)
+
+
+def _ranked_only(space: Space, bank: Bank, progress: Progress) -> Space:
+    """The space without options whose method could not rank a unit (its layers are too wide for second moments)."""
+    entries = []
+    for entry in space.entries:
+        known = bank.orders.get(entry.unit.name)
+        options = entry.options
+        if known is not None:
+            options = (options[0], *(option for option in options[1:] if option.method in known))
+            if len(options) < len(entry.options):
+                progress.note(f"{entry.unit.name}: too wide for second moments; methods that need them are left out")
+        entries.append(type(entry)(entry.unit, options))
+    return Space(tuple(entries))
+
+
+def _priors(
+    subject: Subject, space: Space, bank: Bank, selection: Selection, *, folder: Path, key: str,
+    progress: Progress,
+) -> dict[str, Harms]:  # fmt: skip
+    """Additive harm of every option by each prior, kept beside the bank."""
+    data = of_tensors([("x", subject.parts.selection.inputs)])
+    key = of_text(key, space, data, subject.samples, "priors 1")
+    path = folder / "bank" / f"priors-{key[:16]}.safetensors"
+    stored = store.load_tensors(path, key=key)
+    names = ("reconstruction", "second_order", "one_at_a_time")
+    if stored is not None:
+        return {name: [stored[f"{name}/{unit}"].numpy() for unit in range(len(space.entries))] for name in names}
+    local = local_harms(space, bank, subject.model, anatomy=subject.anatomy)
+    count = subject.samples.probe
+    few = Selection(_batches(subject.parts.selection.inputs[:count]), selection.dense[:count], selection.kind)
+    small = Anchor.of(subject.model, _batches(subject.task.data.calibration_inputs[:count]))
+    probe = Stitcher(subject.model, subject.anatomy, bank, anchor=small)
+    measured = one_at_a_time(space, probe, few, shape=local["reconstruction"], progress=progress)
+    priors: dict[str, Harms] = {**local, "one_at_a_time": measured}
+    tensors = {f"{name}/{unit}": torch.from_numpy(row) for name in names for unit, row in enumerate(priors[name])}
+    store.save_tensors(path, tensors, {"key": key})
+    return priors
+
+
+def usable_folder(folder: Path) -> Path:
+    """`folder`, made and writable. Raises RunError otherwise."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder}: the run folder cannot be made: {cause(error)}") from None
+    write_text(folder / "README.txt", _README)
+    return folder
+
+
+_README = """An autoprune run.
+
+bank/           what calibration saw; reused by every budget as long as weights, data and methods are the same
+tables/         measured latencies, by target
+study.journal   every trial (open with: optuna-dashboard study.journal)
+BUDGET/         one folder a budget: policy.yaml, policy.safetensors, outcome.json, report.html
+"""
