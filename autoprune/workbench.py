@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from autoprune.bank import store
 from autoprune.bank.build import Bank, CalibrationData, Harms, local_harms, observe, rank
 from autoprune.bank.calibrate import CalibrationSettings
+from autoprune.bank.depth import observe_runs
 from autoprune.bank.stitch import Stitcher, shape_only
 from autoprune.core.cost import LatencyTable
 from autoprune.core.space import Choice, Space
@@ -242,10 +243,12 @@ def prepare(
     priors = stages.timed(
         "priors", lambda: _priors(subject, space, bank, selection, folder=folder, key=key, progress=progress)
     )
+    blocks = subject.anatomy.blocks
     engine = runtime(task.target.runtime)
     return Workbench(
         subject, space, costs, table, bank, priors, stitcher, selection, Scorer(stitcher, space, selection),
-        Reference.of(model, _batches(task.data.calibration_inputs[: samples.refit])), Reference.of(model, batches),
+        Reference.of(model, _batches(task.data.calibration_inputs[: samples.refit]), blocks=blocks),
+        Reference.of(model, batches, blocks=blocks),
         Stopwatch.of(model, engine, task.target, example=subject.example), stages,
     )  # fmt: skip
 
@@ -263,29 +266,30 @@ def _bank(subject: Subject, batches: tuple[Tensor, ...], folder: Path, progress:
     names = sorted({choice.method for choice in task.spec.methods})
     versions = [(name, method(name).version) for name in names]
     data = of_tensors([("x", task.data.calibration_inputs), ("y", task.data.calibration_targets)])
-    key = of_text(subject.fingerprint, data, versions, settings, samples, subject.anatomy.units, "bank 1")
+    key = of_text(subject.fingerprint, data, versions, settings, samples, subject.anatomy.units, "bank 2")
     path = folder / "bank" / f"{key[:16]}.safetensors"
     norms = norms_after(subject.model, batches[0][:2])
     tensors = store.load_tensors(path, key=key)
     if tensors is not None:
         progress.note(f"reused the bank ({path.name})")
-        orders: dict[str, dict[str, Tensor]] = {group.root: {} for group in subject.anatomy.groups}
-        for name, tensor in tensors.items():
-            if name.startswith("order/"):
-                unit, by = name[len("order/") :].rsplit("/", 1)
-                orders[unit][by] = tensor
-        return Bank(store.unflatten(tensors), orders, norms), key
+        return store.unpack(tensors, norms), key
     targets = _classes(subject, batches)
+    progress.phase("depth")
+    runs = observe_runs(
+        subject.model, subject.anatomy.blocks, batches, norms=norms, patches=settings.patches,
+        max_columns=settings.max_columns,
+    )  # fmt: skip
     statistics = observe(
-        subject.model, subject.anatomy, CalibrationData(batches, targets), settings=settings, progress=progress
-    )
+        subject.model, subject.anatomy, CalibrationData(batches, targets), adders=tuple(runs), settings=settings,
+        progress=progress,
+    )  # fmt: skip
     orders = rank(
         subject.model, subject.anatomy, statistics, norms=norms, methods=names, targets=torch.cat(targets),
         seed=task.seed, progress=progress,
     )  # fmt: skip
-    ranked = {f"order/{unit}/{by}": order for unit, methods in orders.items() for by, order in methods.items()}
-    store.save_tensors(path, {**store.flatten(statistics), **ranked}, {"key": key})
-    return Bank(statistics, orders, norms), key
+    bank = Bank(statistics, orders, norms, runs)
+    store.save_tensors(path, store.pack(bank), {"key": key})
+    return bank, key
 
 
 def _classes(subject: Subject, batches: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -323,7 +327,7 @@ def _priors(
 ) -> dict[str, Harms]:  # fmt: skip
     """Additive harm of every option by each prior, kept beside the bank."""
     data = of_tensors([("x", subject.parts.selection.inputs)])
-    key = of_text(key, space, data, subject.samples, "priors 1")
+    key = of_text(key, space, data, subject.samples, "priors 2")
     path = folder / "bank" / f"priors-{key[:16]}.safetensors"
     stored = store.load_tensors(path, key=key)
     names = ("reconstruction", "second_order", "one_at_a_time")

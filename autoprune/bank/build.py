@@ -6,7 +6,7 @@ where several units share a consumer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from autoprune.bank.calibrate import CalibrationSettings, LayerStatistics, calibrate
+from autoprune.bank.depth import Run
 from autoprune.bank.views import unit_view
 from autoprune.core.space import Space
 from autoprune.core.unit import Option
@@ -35,6 +36,8 @@ class Bank:
     statistics: Mapping[str, LayerStatistics]
     orders: Mapping[str, Mapping[str, Tensor]]
     norms: Mapping[str, str]
+    runs: Mapping[str, Sequence[Run]]
+    """For layers that enter an addition: the runs of dropped blocks they can stand in for, shortest first."""
 
     def kept(self, unit: str, option: Option) -> Tensor:
         """The channels that stay, ascending."""
@@ -51,10 +54,12 @@ class CalibrationData:
 
 
 def observe(
-    model: nn.Module, anatomy: Anatomy, data: CalibrationData, *, settings: CalibrationSettings, progress: Progress
-) -> dict[str, LayerStatistics]:
-    """The one calibration pass: statistics of every layer that reads a unit, and of what each block adds last."""
-    layers = dict.fromkeys(member.layer for group in anatomy.groups for member in group.on("in"))
+    model: nn.Module, anatomy: Anatomy, data: CalibrationData, *, adders: Collection[str],
+    settings: CalibrationSettings, progress: Progress,
+) -> dict[str, LayerStatistics]:  # fmt: skip
+    """The calibration pass: statistics of every layer that reads a unit, and of `adders`, which stand in for blocks."""
+    readers = [member.layer for group in anatomy.groups for member in group.on("in")]
+    layers = dict.fromkeys((*readers, *adders))
     return calibrate(
         model, tuple(layers), batches=data.batches, targets=data.targets, settings=settings, progress=progress
     )

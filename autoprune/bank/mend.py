@@ -1,25 +1,38 @@
-"""Weights of a layer after its inputs were cut: a pure function of the layer, its moments and what stays."""
+"""Weights of a layer after its inputs, or the blocks after it, were cut: a function of its moments and what stays."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from autoprune.bank.calibrate import LayerStatistics
+from autoprune.bank.depth import Run
 from autoprune.bank.views import centred, input_matrix
-from autoprune.methods.compensate import least_squares
+from autoprune.methods.compensate import DAMPING, damped_cholesky, least_squares, mean_diagonal
 from autoprune.model.coupling import CONVOLUTIONS
 from autoprune.model.cut import Mended
+from autoprune.model.flow import norm_scale
+from autoprune.model.recalibrate import Expected
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """A mended layer, and what its norm is to expect of it where it does more than the dense layer did."""
+
+    mended: Mended
+    expected: Expected | None
 
 
 class Mender:
     """Mends layers by least squares on calibration moments, remembering what it solved.
 
-    Edits depend on the layer and its kept inputs alone, whatever units those belong to, so units that share a
-    consumer (a concatenation) are mended together. `memory_bytes` bounds what is remembered.
+    Edits depend on the layer, its kept inputs and the blocks dropped right after it alone, whatever units the inputs
+    belong to, so units that share a consumer (a concatenation) are mended together. `memory_bytes` bounds what is
+    remembered.
     """
 
     def __init__(
@@ -29,47 +42,81 @@ class Mender:
         self._modules = dict(model.named_modules())
         self._statistics = statistics
         self._norms = norms
-        self._solved: OrderedDict[tuple[str, bytes], Mended] = OrderedDict()
+        self._solved: OrderedDict[tuple[str, bytes, tuple[str, ...]], Solution] = OrderedDict()
         self._held = 0
         self._memory_bytes = memory_bytes
 
-    def mend(self, name: str, inputs: Tensor) -> Mended | None:
-        """New weights of layer `name` reading `inputs` alone; None where its moments were too large to keep."""
+    def mend(self, name: str, inputs: Tensor | None, run: Run | None = None) -> Solution | None:
+        """New weights of layer `name` reading `inputs` (None: all), in the place of the blocks of `run` too.
+
+        None where its moments were too large to keep.
+        """
         statistics = self._statistics.get(name)
         if statistics is None or statistics.second is None:
             return None
-        key = (name, inputs.numpy().tobytes())
+        key = (name, b"" if inputs is None else inputs.numpy().tobytes(), run.blocks if run else ())
         if key in self._solved:
             self._solved.move_to_end(key)
             return self._solved[key]
-        mended = solve(self._modules[name], statistics, inputs=inputs, norm=self._norms.get(name))
-        self._solved[key] = mended
-        self._held += mended.weight.numel() * mended.weight.element_size()
+        norm = self._norms.get(name)
+        solution = solve(
+            self._modules[name], statistics, inputs=inputs, norm=self._modules[norm] if norm else None, run=run
+        )
+        self._solved[key] = solution
+        self._held += _bytes(solution)
         while self._held > self._memory_bytes:
             _, oldest = self._solved.popitem(last=False)
-            self._held -= oldest.weight.numel() * oldest.weight.element_size()
-        return mended
+            self._held -= _bytes(oldest)
+        return solution
 
 
-def solve(layer: nn.Module, statistics: LayerStatistics, *, inputs: Tensor, norm: str | None) -> Mended:
+def _bytes(solution: Solution) -> int:
+    return solution.mended.weight.numel() * solution.mended.weight.element_size()
+
+
+def solve(
+    layer: nn.Module, statistics: LayerStatistics, *, inputs: Tensor | None, norm: nn.Module | None, run: Run | None
+) -> Solution:
     """The least squares weights and bias of `layer` when it reads `inputs` (channel indices, ascending) alone."""
     matrix = input_matrix(layer)
-    groups = layer.groups if isinstance(layer, CONVOLUTIONS) else 1
     bias = layer.bias.detach().double() if isinstance(layer.bias, Tensor) else None
     moments = centred(statistics, shifts=norm is not None or bias is not None)
     assert moments is not None
+    expected = None
+    added = torch.zeros(len(matrix), dtype=torch.float64)
+    if run is not None:
+        dense = ((matrix @ moments) * matrix).sum(1)
+        scale = norm_scale(norm) if norm is not None else torch.ones(len(matrix), dtype=torch.float64)
+        scale = torch.where(scale.abs() < 1e-6, 1e-6, scale)
+        matrix = (
+            matrix
+            + torch.cholesky_solve(run.cross.T, damped_cholesky(moments, DAMPING * mean_diagonal(moments))).T
+            / scale[:, None]
+        )
+        added = run.shift / scale
+        factor = ((matrix @ moments) * matrix).sum(1) / dense.clamp_min(1e-12)
+        expected = Expected(added.float(), factor.float())
+    mended, shift = _by_group(layer, matrix, moments, statistics.mean, inputs)
+    new_bias = (bias + shift + added).to(mended.dtype) if bias is not None else None
+    return Solution(Mended(mended, new_bias), expected)
+
+
+def _by_group(
+    layer: nn.Module, matrix: Tensor, moments: Tensor, mean: Tensor, inputs: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The solved weight in the layer's own shape, and by how much the mean of each output would fall."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
+    groups = layer.groups if isinstance(layer, CONVOLUTIONS) else 1
     area = weight[0, 0].numel()
-    each = len(inputs) // groups
-    rows = len(matrix) // groups
+    if inputs is None:
+        inputs = torch.arange(matrix.shape[1] // area)
+    each, rows = len(inputs) // groups, len(matrix) // groups
     parts, shift = [], torch.zeros(len(matrix), dtype=torch.float64)
     for group in range(groups):
         columns = (inputs[group * each : (group + 1) * each, None] * area + torch.arange(area)).flatten()
         lines = slice(group * rows, (group + 1) * rows)
         solved = least_squares(matrix[lines], moments, columns)
-        shift[lines] = matrix[lines] @ statistics.mean - solved @ statistics.mean[columns]
+        shift[lines] = matrix[lines] @ mean - solved @ mean[columns]
         parts.append(solved)
-    shape = (len(matrix), each, *weight.shape[2:])
-    mended = torch.cat(parts).reshape(shape).to(weight.dtype)
-    return Mended(mended, (bias + shift).to(weight.dtype) if bias is not None else None)
+    return torch.cat(parts).reshape(len(matrix), each, *weight.shape[2:]).to(weight.dtype), shift

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from autoprune.bank.build import Bank
-from autoprune.bank.mend import Mender
+from autoprune.bank.depth import Run
+from autoprune.bank.mend import Mender, Solution
 from autoprune.core.unit import DROP, Option
 from autoprune.model.blocks import Block
 from autoprune.model.coupling import Group
-from autoprune.model.cut import CutPlan, Mended, cut, plan_cut
+from autoprune.model.cut import CutPlan, Kept, cut, plan_cut
 from autoprune.model.discover import Anatomy
 from autoprune.model.recalibrate import Anchor
 
@@ -45,27 +46,44 @@ class Stitcher:
     def build(self, options: Mapping[str, Option], *, recalibrate: bool = True) -> Candidate:
         """The really cut model of a decision."""
         plan = self.plan(options)
-        mended = self._mended(options, plan)
-        model = cut(self.model, plan, mended)
+        solutions = self._solutions(options, plan)
+        model = cut(self.model, plan, {name: solution.mended for name, solution in solutions.items()})
         if recalibrate:
-            self.anchor.mend(model, plan.layers)
+            expected = {
+                self._bank.norms[name]: solution.expected
+                for name, solution in solutions.items()
+                if solution.expected is not None and name in self._bank.norms
+            }
+            self.anchor.mend(model, plan.layers, expected)
         return Candidate(model, plan)
 
-    def _mended(self, options: Mapping[str, Option], plan: CutPlan) -> dict[str, Mended]:
-        """New weights of every layer that reads a unit whose option compensates."""
-        mended: dict[str, Mended] = {}
-        for group in self.anatomy.groups:
-            option = options.get(group.root)
-            if option is None or option.compensate == "none":
+    def _solutions(self, options: Mapping[str, Option], plan: CutPlan) -> dict[str, Solution]:
+        """New weights of every layer that reads a unit whose option compensates, or stands in for dropped blocks."""
+        mending = {
+            member.layer
+            for group in self.anatomy.groups
+            if group.root in options and options[group.root].compensate != "none"
+            for member in group.on("in")
+        }
+        dropped = {block.name for block in plan.dropped}
+        gone = {layer for block in plan.dropped for layer in block.layers}
+        runs = {layer: _longest(known, dropped) for layer, known in self._bank.runs.items()} if dropped else {}
+        solutions: dict[str, Solution] = {}
+        for name in mending | {layer for layer, run in runs.items() if run is not None}:
+            if name in gone:
                 continue
-            for member in group.on("in"):
-                kept = plan.layers.get(member.layer)
-                if kept is None or kept.inputs is None or member.layer in mended:
-                    continue
-                solved = self._mender.mend(member.layer, kept.inputs)
-                if solved is not None:
-                    mended[member.layer] = solved
-        return mended
+            inputs, run = plan.layers.get(name, Kept()).inputs, runs.get(name)
+            if inputs is None and run is None:
+                continue
+            solution = self._mender.mend(name, inputs, run)
+            if solution is not None:
+                solutions[name] = solution
+        return solutions
+
+
+def _longest(runs: Sequence[Run], dropped: Set[str]) -> Run | None:
+    """The longest run of blocks that are all dropped."""
+    return next((run for run in reversed(runs) if dropped >= set(run.blocks)), None)
 
 
 def shape_only(model: nn.Module, anatomy: Anatomy, options: Mapping[str, Option]) -> nn.Module:

@@ -9,7 +9,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from autoprune.bank.build import Bank
 from autoprune.bank.calibrate import LayerStatistics
+from autoprune.bank.depth import Run
 from autoprune.files import write_bytes
 
 _FIELDS = ("mean", "diagonal", "mean_abs", "zero_share", "per_sample", "taylor", "output_fisher")
@@ -34,25 +36,45 @@ def load_tensors(path: Path, *, key: str) -> dict[str, Tensor] | None:
         return None
 
 
-def flatten(statistics: Mapping[str, LayerStatistics]) -> dict[str, Tensor]:
-    """Statistics as named tensors."""
+def pack(bank: Bank) -> dict[str, Tensor]:
+    """A bank as named tensors: `layer/...` statistics, `order/...` removal orders, `run/...` depth compensation."""
     tensors: dict[str, Tensor] = {}
-    for layer, values in statistics.items():
+    for layer, values in bank.statistics.items():
         for field in _FIELDS:
             tensors[f"layer/{layer}/{field}"] = getattr(values, field)
         if values.second is not None:
             tensors[f"layer/{layer}/second"] = values.second
+    for unit, methods in bank.orders.items():
+        tensors |= {f"order/{unit}/{method}": order for method, order in methods.items()}
+    for layer, runs in bank.runs.items():
+        for run in runs:
+            tensors[f"run/{layer}/{'+'.join(run.blocks)}/cross"] = run.cross
+            tensors[f"run/{layer}/{'+'.join(run.blocks)}/shift"] = run.shift
     return tensors
 
 
-def unflatten(tensors: Mapping[str, Tensor]) -> dict[str, LayerStatistics]:
-    """The inverse of `flatten`."""
-    grouped: dict[str, dict[str, Tensor]] = {}
+def unpack(tensors: Mapping[str, Tensor], norms: Mapping[str, str]) -> Bank:
+    """The inverse of `pack`; `norms` is the model's own."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    orders: dict[str, dict[str, Tensor]] = {}
+    runs: dict[str, dict[str, dict[str, Tensor]]] = {}
     for name, tensor in tensors.items():
-        if name.startswith("layer/"):
-            layer, field = name[len("layer/") :].rsplit("/", 1)
-            grouped.setdefault(layer, {})[field] = tensor
-    return {
+        kind, _, rest = name.partition("/")
+        owner, field = rest.rsplit("/", 1)
+        if kind == "layer":
+            layers.setdefault(owner, {})[field] = tensor
+        elif kind == "order":
+            orders.setdefault(owner, {})[field] = tensor
+        else:
+            layer, blocks = owner.rsplit("/", 1)
+            runs.setdefault(layer, {}).setdefault(blocks, {})[field] = tensor
+    statistics = {
         layer: LayerStatistics(second=fields.get("second"), **{field: fields[field] for field in _FIELDS})
-        for layer, fields in grouped.items()
+        for layer, fields in layers.items()
     }
+    return Bank(statistics, orders, norms, {layer: _runs(known) for layer, known in runs.items()})
+
+
+def _runs(known: Mapping[str, Mapping[str, Tensor]]) -> tuple[Run, ...]:
+    found = [Run(tuple(blocks.split("+")), fields["cross"], fields["shift"]) for blocks, fields in known.items()]
+    return tuple(sorted(found, key=lambda run: len(run.blocks)))

@@ -40,8 +40,9 @@ class _Adds(TorchFunctionMode):
         tensors = [arg for arg in args[:2] if isinstance(arg, Tensor)]
         if len(tensors) != 2 or tensors[0].shape != tensors[1].shape:
             return None
-        found = [self._made[id(tensor)] for tensor in tensors if id(tensor) in self._made]
-        return found[-1] if found else None  # the later one is the branch; a projected shortcut came before
+        found = {id(tensor) for tensor in tensors} & self._made.keys()
+        latest = [self._made[key] for key in self._made if key in found]
+        return latest[-1] if latest else None  # what was made last is the branch; a projected shortcut is shorter
 
 
 @contextmanager
@@ -64,20 +65,19 @@ def watching_additions(model: nn.Module, layers: Collection[str], seen: Seen) ->
 
 
 @dataclass(frozen=True, slots=True)
-class Chain:
-    """An addition's layer, and the layer of the last addition of the blocks dropped right after it (or the same)."""
+class Link:
+    """The droppable block right after an addition, and the layer that enters that block's own last addition."""
 
+    block: str
     layer: str
-    last: str
 
 
-def addition_chains(
-    model: nn.Module, example: Tensor, *, layers: Collection[str], dropped: Mapping[str, Collection[str]]
-) -> tuple[Chain, ...]:
-    """For each of `layers` that enters an addition of the dense `model`: where its sum stands when blocks are gone.
+def links(
+    model: nn.Module, example: Tensor, *, layers: Collection[str], blocks: Mapping[str, Collection[str]]
+) -> dict[str, Link | None]:
+    """Those of `layers` that enter an addition directly, in execution order, each with the block that follows it.
 
-    `dropped` maps a dropped block to its layers. The sum after layer A, handed through dropped blocks B and C,
-    takes the place of C's sum.
+    `blocks` maps a droppable block to its layers. None where no droppable block reads the sum next.
     """
     order: list[str] = []
     inputs: dict[str, Tensor] = {}
@@ -89,28 +89,29 @@ def addition_chains(
 
         return noted
 
-    containers = {
-        name: note(name) for name, module in model.named_modules() if name and any(True for _ in module.children())
-    }
-    with (
-        torch.no_grad(),
-        watching(model, containers),
-        watching_additions(model, layers, lambda n, _b, _s: order.append(n)),
-    ):
+    def entered(name: str, _branch: Tensor, _total: Tensor) -> None:
+        order.append(name)
+
+    containers = [name for name, module in model.named_modules() if name and any(True for _ in module.children())]
+    hooks = {name: note(name) for name in containers}
+    with torch.no_grad(), watching(model, hooks), watching_additions(model, layers, entered):
         model(example)
-    chains = []
+    found: dict[str, Link | None] = {}
     for layer in order:
-        if any(layer in inside for inside in dropped.values()):
-            continue
-        last, block = layer, _innermost(layer, outputs)
-        while block is not None:
-            after = next((b for b in dropped if b in inputs and inputs[b] is outputs[block]), None)
-            entering = [name for name in order if after is not None and name in dropped[after]]
-            if after is None or not entering:
-                break
-            last, block = entering[-1], after
-        chains.append(Chain(layer, last))
-    return tuple(chains)
+        around = _innermost(layer, outputs)
+        after = next((b for b in blocks if around and b in inputs and inputs[b] is outputs[around]), None)
+        entering = [name for name in order if after is not None and name in blocks[after]]
+        found[layer] = Link(after, entering[-1]) if after is not None and entering else None
+    return found
+
+
+def stand_in(found: Mapping[str, Link | None], layer: str, dropped: Collection[str]) -> str:
+    """Whose sum of the dense model the sum after `layer` stands for, once the blocks in `dropped` are gone."""
+    link = found.get(layer)
+    while link is not None and link.block in dropped:
+        layer = link.layer
+        link = found.get(layer)
+    return layer
 
 
 def _innermost(layer: str, containers: Mapping[str, Tensor]) -> str | None:

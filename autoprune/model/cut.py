@@ -85,13 +85,14 @@ def side_widths(model: nn.Module) -> dict[str, int]:
 
 
 def cut(model: nn.Module, plan: CutPlan, mended: Mapping[str, Mended] | None = None) -> nn.Module:
-    """A smaller copy of `model`. `mended` gives new input-side weights of layers named in the plan."""
+    """A smaller copy of `model`. `mended` gives new input-side weights of layers that stay."""
     smaller = copy.deepcopy(model)
     for block in plan.dropped:
         _replace(smaller, block.name, Dropped(block.rest))
     modules = dict(smaller.named_modules())
-    for name, kept in plan.layers.items():
-        _narrow(modules[name], kept, mended.get(name) if mended else None)
+    new = mended or {}
+    for name in dict.fromkeys((*plan.layers, *new)):
+        _narrow(modules[name], plan.layers.get(name, Kept()), new.get(name))
     return smaller
 
 

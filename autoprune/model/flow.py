@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from autoprune.model.coupling import CONVOLUTIONS, NORMS
@@ -29,3 +31,9 @@ def norm_scale(norm: nn.Module) -> Tensor:
         raise TypeError("a batch norm with running statistics is needed")
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     return scale * norm.weight.detach().double() if norm.affine else scale
+
+
+def tails_of(model: nn.Module, norms: Mapping[str, str]) -> list[str]:
+    """What makes the output of each convolution or linear layer: the norm that follows it, or the layer itself."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, (*CONVOLUTIONS, nn.Linear))]
+    return [norms.get(name, name) for name in layers]

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from autoprune.bank.patches import positions_of, sampled_outputs, sampled_patches
 from autoprune.bank.stitch import Candidate
-from autoprune.model.additions import addition_chains, watching_additions
+from autoprune.model.additions import Link, links, stand_in, watching_additions
+from autoprune.model.blocks import Block
 from autoprune.model.coupling import CONVOLUTIONS, NORMS
-from autoprune.model.cut import CutPlan
-from autoprune.model.flow import norm_scale, norms_after
+from autoprune.model.cut import CutPlan, Kept
+from autoprune.model.flow import norm_scale, norms_after, tails_of
 from autoprune.model.observe import watching
 
 
@@ -88,12 +89,20 @@ class Reference:
     model: nn.Module
     batches: tuple[Tensor, ...]
     norms: dict[str, str]
+    links: dict[str, Link | None]
     settings: RefitSettings = field(default_factory=RefitSettings)
 
     @classmethod
-    def of(cls, model: nn.Module, batches: Sequence[Tensor], settings: RefitSettings | None = None) -> Reference:
-        """Prepare refits of candidates of `model`."""
-        return cls(model, tuple(batches), norms_after(model, batches[0][:2]), settings or RefitSettings())
+    def of(
+        cls, model: nn.Module, batches: Sequence[Tensor], *, blocks: Sequence[Block],
+        settings: RefitSettings | None = None,
+    ) -> Reference:  # fmt: skip
+        """Prepare refits of candidates of `model`, of which `blocks` can be dropped."""
+        norms = norms_after(model, batches[0][:2])
+        found = links(
+            model, batches[0][:2], layers=tails_of(model, norms), blocks={block.name: block.layers for block in blocks}
+        )
+        return cls(model, tuple(batches), norms, found, settings or RefitSettings())
 
 
 def refit(reference: Reference, candidate: Candidate) -> int:
@@ -111,18 +120,14 @@ def _sites(reference: Reference, plan: CutPlan, model: nn.Module) -> list[Site]:
     tails = {norm: layer for layer, norm in reference.norms.items()}
     modules = dict(model.named_modules())
     layers = [n for n, m in modules.items() if isinstance(m, (*CONVOLUTIONS, nn.Linear)) and _is_solvable(m, reference)]
-    dropped = {block.name: block.layers for block in plan.dropped}
-    chains = addition_chains(
-        reference.model, reference.batches[0][:2], layers=[*tails, *(n for n in layers if n not in reference.norms)],
-        dropped=dropped,
-    )  # fmt: skip
-    added = {tails.get(chain.layer, chain.layer): chain for chain in chains}
+    dropped = [block.name for block in plan.dropped]
+    added = {tails.get(tail, tail): tail for tail in reference.links}
     sites = []
     for name in layers:
-        norm, chain = reference.norms.get(name), added.get(name)
+        norm, tail = reference.norms.get(name), added.get(name)
         kept = plan.layers.get(name)
-        if chain is not None and not (plan.layers.get(chain.layer) and plan.layers[chain.layer].outputs is not None):
-            sites.append(Site(name, norm, chain.last, added=True))
+        if tail is not None and plan.layers.get(tail, Kept()).outputs is None:
+            sites.append(Site(name, norm, stand_in(reference.links, tail, dropped), added=True))
         elif kept is not None and kept.inputs is not None:
             sites.append(Site(name, norm, norm or name, added=False))
     return sites

@@ -1,0 +1,42 @@
+"""Every example runs as a user runs it. Left out is what trained the demo: it takes minutes."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SEPARATE = {"train_demo.py"}
+LIMIT_S = 600
+"""Far above what they take, for machines that are busy."""
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the examples, so that what they write stays out of the repository."""
+    copied = tmp_path_factory.mktemp("copy") / "examples"
+    shutil.copytree(EXAMPLES, copied, ignore=shutil.ignore_patterns("runs", "weights.safetensors", "__pycache__"))
+    return copied
+
+
+def run(*command: str, folder: Path) -> str:
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | {"COLUMNS": "120"}, timeout=LIMIT_S, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", sorted({path.name for path in EXAMPLES.glob("*.py")} - SEPARATE))
+def test_script(script: str, examples: Path, tmp_path: Path) -> None:
+    assert "met: " in run(sys.executable, str(examples / script), folder=tmp_path)
+
+
+def test_own_model(examples: Path) -> None:
+    folder = examples / "own_model"
+    assert "met: " in run(sys.executable, "-m", "autoprune", "search", folder=folder)
+    assert (folder / "runs" / "autoprune" / "50pctmacs" / "policy.yaml").is_file()
