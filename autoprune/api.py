@@ -12,24 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.apply import apply
-from autoprune.config import Config, load_config
+from autoprune.config import Config, save_run
 from autoprune.core.budget import Budget, parse_budgets, parse_fraction
 from autoprune.core.outcome import OutcomeRecord, UnitRecord, VerifyRecord
 from autoprune.core.policy import Measured, Policy
 from autoprune.core.target import Target
 from autoprune.data import as_data
-from autoprune.errors import MissedError, RunError
+from autoprune.errors import BudgetError, MissedError
 from autoprune.evaluators import evaluator
 from autoprune.evaluators.base import Evaluator
 from autoprune.evaluators.function import Function
 from autoprune.evidence import judge, unit_records, write_down
-from autoprune.files import write_bytes, write_policy, write_text
+from autoprune.files import read_policy, write_bytes, write_policy, write_text
 from autoprune.loading import load_data, load_factory, load_model
 from autoprune.model.describe import macs_of
 from autoprune.progress import Progress, Silent
 from autoprune.pursue import Floor, Found, Plan, check_goal, fastest, pursue, resolve_limits
 from autoprune.report.html import render
 from autoprune.runtimes import runtime
+from autoprune.search.samplers import check_sampler
 from autoprune.ship import write_model
 from autoprune.spaces import load_space
 from autoprune.verify import Stopwatch, latency_record, params, score, size_bytes
@@ -44,7 +45,6 @@ from autoprune.workbench import (
     usable_folder,
 )
 
-CONFIG_FILE = "config.json"
 JOURNAL = "study.journal"
 
 
@@ -110,29 +110,16 @@ def search(  # noqa: PLR0913 (one flat, keyword-only door, like the configuratio
     )[-1]
 
 
-def search_config(
-    config: Config, *, folder: Path, progress: Progress, resume: Path | None = None
-) -> list[OutcomeRecord]:
-    """The search of a configuration file; everything is written into its run folder. `folder` is the file's own.
+def search_config(config: Config, *, folder: Path, progress: Progress) -> list[OutcomeRecord]:
+    """The search of a configuration; everything is written into its run folder, which it continues when it is there.
 
-    With `resume` the run folder's own configuration is continued. Raises MissedError when a verified number misses.
+    `folder` is what the configuration's paths are relative to. Raises MissedError when a verified number misses.
     """
-    if resume is not None:
-        config, folder = resumed(resume)
     task, floor = _task(config, folder), _floor(config)
-    run = usable_folder(resume or Path(config.run or "runs/search"))
-    write_text(run / CONFIG_FILE, config.model_copy(update={"run": str(run)}).model_dump_json(indent=1))
-    write_text(run / "folder.txt", str(folder.resolve()))
+    run = usable_folder(Path(config.run or "runs/search"))
+    save_run(config, folder, run)
     outcomes = _campaign(task, config.budgets, floor, plan=_plan(config), folder=run, progress=progress)
     return [outcome.record for outcome in outcomes]
-
-
-def resumed(run: Path) -> tuple[Config, Path]:
-    """The configuration a run was started with, and its folder. Raises RunError when `run` is no run."""
-    if not (run / CONFIG_FILE).is_file() or not (run / "folder.txt").is_file():
-        raise RunError(f"{run}: is no autoprune run (it has no {CONFIG_FILE}); give the folder of an earlier search")
-    config = load_config(run / CONFIG_FILE, {"run": str(run)})
-    return config, Path((run / "folder.txt").read_text(encoding="utf-8").strip())
 
 
 def units_of(
@@ -150,11 +137,13 @@ def apply_policy(
     policy_path: Path, config: Config, *, folder: Path, output: Path, progress: Progress
 ) -> dict[str, Path]:
     """Write the cut model of a policy into `output`; kind -> file."""
+    read_policy(policy_path)  # a damaged one is told at once
     subject = subject_of(_task(config, folder), progress)
     applied = apply(policy_path, subject)
     return write_model(
-        applied.model, applied.plan, example=subject.example, factory=config.model, folder=output, progress=progress
-    )
+        applied.model, applied.plan, example=subject.example, factory=config.model, source=folder, folder=output,
+        progress=progress,
+    )  # fmt: skip
 
 
 def verify_policy(policy_path: Path, config: Config, *, folder: Path, progress: Progress) -> VerifyRecord:
@@ -162,6 +151,7 @@ def verify_policy(policy_path: Path, config: Config, *, folder: Path, progress: 
 
     A budget or a floor in `config` takes the place of the policy's own.
     """
+    read_policy(policy_path)  # a damaged one is told at once
     task = _task(config, folder)
     subject = subject_of(task, progress)
     applied = apply(policy_path, subject)
@@ -195,6 +185,7 @@ def _campaign(
 ) -> list[Outcome]:
     """Every budget on one workbench. All outcomes are written before a missed one is an error."""
     check_goal(budgets, floor)
+    check_sampler(plan.sampler)
     usable_folder(folder)
     bench = _bench(task, budgets, folder, progress)
     outcomes = []
@@ -210,6 +201,9 @@ def _campaign(
 
 def _bench(task: Task, budgets: Sequence[Budget], folder: Path, progress: Progress) -> Workbench:
     """Measure costs first: a budget out of reach stops here, before anything long."""
+    for limit in (limit for budget in budgets for limit in budget.limits):
+        if limit.relative and limit.value >= 1:
+            raise BudgetError(f"budget {limit.text}: that is no less than the dense model; try --budget 50%")
     stages = Stages()
     subject = stages.timed("discover", lambda: subject_of(task, progress))
     metrics = {limit.metric for budget in budgets for limit in budget.limits}

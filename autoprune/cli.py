@@ -16,7 +16,7 @@ import typer
 from pydantic import BaseModel
 
 from autoprune import __version__
-from autoprune.config import FILE_NAME, Config, demo_config, json_schema, load_config
+from autoprune.config import FILE_NAME, Config, demo_config, json_schema, load_config, load_run
 from autoprune.core.outcome import OutcomeRecord, UnitRecord, VerifyRecord
 from autoprune.core.policy import Policy
 from autoprune.display import Mode, fail, make_display
@@ -88,17 +88,22 @@ def search(
     given: Given,
 ) -> None:
     """Search for the best policy within a budget; everything is written into the run folder."""
-    config, folder, notice = _configured(given, goal=True)
+    if resume is not None:
+        config, folder = load_run(resume, given.overrides)
+        notice = f"continuing {resume}"
+    else:
+        config, folder, notice = _configured(given, goal=True)
+    run = Path(str(config.run))
     with make_display(mode) as display:
         display.note(notice)
         try:
-            outcomes: list[OutcomeRecord] = _api().search_config(config, folder=folder, progress=display, resume=resume)
+            outcomes: list[OutcomeRecord] = _api().search_config(config, folder=folder, progress=display)
         except KeyboardInterrupt:
-            display.note(_resume_hint(resume or folder / str(config.run)))
+            display.note(f"nothing is lost; continue with: autoprune search --resume {shlex.quote(str(_short(run)))}")
             raise
     for outcome in outcomes:
         display.show(text.outcome_view(outcome))
-    display.note(f"everything is in {_short(resume or folder / str(config.run))}")
+    display.note(f"everything is in {_short(run)}")
     display.result({"outcomes": [_json(outcome) for outcome in outcomes]})
 
 
@@ -215,14 +220,6 @@ def _configured(given: Given, *, goal: bool) -> tuple[Config, Path, str]:
 def _failed(error: AutopruneError, mode: Mode) -> typer.Exit:
     fail(str(error), mode=mode, kind=type(error).__name__, exit_code=error.exit_code)
     return typer.Exit(error.exit_code)
-
-
-def _resume_hint(run: Path) -> str:
-    given = [argument for argument in sys.argv[1:] if not argument.startswith("--resume=")]
-    if "--resume" in given:
-        position = given.index("--resume")
-        del given[position : position + 2]
-    return f"nothing is lost; continue with: autoprune {shlex.join([*given, '--resume', str(_short(run))])}"
 
 
 def _short(path: Path) -> Path:

@@ -6,6 +6,7 @@ Knows keys, types and defaults. Does not import the user's model or data, nor to
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -16,15 +17,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, 
 
 from autoprune.core.budget import Budget, parse_budgets, parse_fraction
 from autoprune.core.target import Device, Target
-from autoprune.errors import ConfigError, listed, near_miss
-from autoprune.files import read_yaml
+from autoprune.errors import ConfigError, RunError, listed, near_miss
+from autoprune.files import read_yaml, write_text
 from autoprune.problems import given, problems_of
 
 FILE_NAME = "autoprune.yaml"
+RUN_FILE = "run.json"
 METRICS = ("top1", "top5", "mse")
 DEMO_MODEL = "autoprune.demo.network:model"
 DEMO_DATA = "autoprune.demo.data:data"
-DEMO_SECONDS = 45.0
+DEMO_SECONDS = 30.0
+DEMO_FINALISTS = 3
 GOAL_HELP = (
     "nothing to search for: write `budget: 5ms` (or 50%, 2x, 300MMACs, 2MB, ...), or `max_drop: 1%`, "
     "or `min_accuracy: 0.92` (on the command line: --budget, --max-drop, --min-accuracy)"
@@ -213,8 +216,29 @@ def demo_config(overrides: Mapping[str, object], *, goal: bool = True) -> Config
     """The embedded demo's configuration with `overrides` by dotted key on top. Raises like `load_config`."""
     demo: dict[str, object] = {"model": DEMO_MODEL, "data": DEMO_DATA, "run": "runs/demo"}
     if overrides.get("search.trials") is None:
-        demo["search.seconds"] = DEMO_SECONDS
+        demo |= {"search.seconds": DEMO_SECONDS, "search.finalists": DEMO_FINALISTS}
     return load_config(None, {**demo, **_given(overrides)}, goal=goal)
+
+
+def save_run(config: Config, folder: Path, run: Path) -> None:
+    """Keep in `run` what a resumed search needs: the configuration, and the folder its paths are relative to."""
+    kept = config.model_dump(mode="json", exclude_unset=True, exclude={"run"})
+    write_text(run / RUN_FILE, json.dumps({"folder": str(folder.resolve()), "config": kept}, indent=1))
+
+
+def load_run(run: Path, overrides: Mapping[str, object]) -> tuple[Config, Path]:
+    """The configuration a run was started with, `overrides` on top, and its folder. Raises RunError for no run."""
+    path = run / RUN_FILE
+    if not path.is_file():
+        raise RunError(f"{run}: is no autoprune run (it has no {RUN_FILE}); give the folder of an earlier search")
+    content = read_yaml(path, error=RunError)
+    if not isinstance(content, dict) or not {"folder", "config"} <= set(content):
+        raise RunError(f"{path}: is damaged; start the search anew")
+    try:
+        config = Config.model_validate(_overridden({**content["config"], "run": str(run)}, _given(overrides)))
+    except ValidationError as error:
+        raise _error(problems_of(error, Config), str(path), set(overrides)) from None
+    return config, Path(str(content["folder"]))
 
 
 def json_schema() -> dict[str, Any]:

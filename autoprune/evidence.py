@@ -99,7 +99,7 @@ def judge(
             met = met and short <= 0
         else:
             parts.append(scored)
-    return met, f"{'met' if met else 'missed'}: {'; '.join(parts)}"
+    return met, "; ".join(parts)
 
 
 def side_file(chosen: Contender) -> bytes:

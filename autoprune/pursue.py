@@ -26,6 +26,7 @@ from autoprune.profile.clock import Timing
 from autoprune.profile.cost_model import CostModel
 from autoprune.progress import Progress
 from autoprune.recover.refit import Reference, refit
+from autoprune.search import scorer
 from autoprune.search.baselines import global_magnitude, uniform
 from autoprune.search.engine import Finished, ranked, run_search
 from autoprune.search.problem import Problem
@@ -187,8 +188,8 @@ def _search(
     task = bench.subject.task
     problem = Problem(bench.space, bench.costs, limits, bench.priors)
     sampler = sampler_by_name(plan.sampler, problem, seed=task.seed)
-    mark = of_text(bench.space, bench.subject.fingerprint, task.target.text, plan.sampler, task.seed)[:8]
-    record = open_study(journal, problem, sampler=sampler, name=f"{study} [{mark}]")
+    known = (bench.space, bench.subject.fingerprint, task.target.text, plan.sampler, task.seed, scorer.VERSION)
+    record = open_study(journal, problem, sampler=sampler, name=f"{study} [{of_text(*known)[:8]}]")
     starts = baseline_choices(bench, problem)
     if not starts and not prior_starts(problem):
         raise BudgetError(f"budget {study}: no policy keeps all limits at once; loosen one of them")

@@ -49,7 +49,7 @@ def dense_model():
     source, _, name = FACTORY.partition(":")
     if not source.endswith(".py"):
         return getattr(importlib.import_module(source), name)()
-    path = next((p for p in (HERE / source, Path(source)) if p.exists()), None)
+    path = next((p for p in (HERE / Path(source).name, Path(source)) if p.exists()), None)
     if path is None:
         raise SystemExit(f"{{source}} was not found beside this file; put your model's file there")
     sys.path.insert(0, str(path.parent))
@@ -103,9 +103,12 @@ if __name__ == "__main__":
 
 
 def write_model(
-    model: nn.Module, plan: CutPlan, *, example: Tensor, factory: str, folder: Path, progress: Progress
+    model: nn.Module, plan: CutPlan, *, example: Tensor, factory: str, source: Path, folder: Path, progress: Progress
 ) -> dict[str, Path]:
-    """Write every form of the cut `model` into `folder`; kind -> path. A form that cannot be written is noted."""
+    """Write every form of the cut `model` into `folder`; kind -> path. A form that cannot be written is noted.
+
+    `factory` is the dense model's (`file.py:function`, relative to `source`); its file is copied beside the script.
+    """
     written: dict[str, Path] = {}
     weights = folder / "model.safetensors"
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
@@ -115,6 +118,9 @@ def write_model(
     dropped = {block.name: block.rest for block in plan.dropped}
     write_text(script, _SCRIPT.format(factory=factory, weights=weights.name, dropped=dropped))
     written["rebuild script"] = script
+    own = source / factory.partition(":")[0]
+    if own.suffix == ".py" and own.is_file():
+        write_bytes(folder / own.name, own.read_bytes())
     for kind, name, file in _FORMS:
         path = folder / file
         try:

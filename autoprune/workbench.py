@@ -276,7 +276,8 @@ def _bank(subject: Subject, batches: tuple[Tensor, ...], folder: Path, progress:
     targets = _classes(subject, batches)
     progress.phase("depth")
     runs = observe_runs(
-        subject.model, subject.anatomy.blocks, batches, norms=norms, patches=settings.patches,
+        subject.model, subject.anatomy.blocks, _batches(task.data.calibration_inputs[: samples.refit]), norms=norms,
+        patches=settings.patches,
         max_columns=settings.max_columns,
     )  # fmt: skip
     statistics = observe(

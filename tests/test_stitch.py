@@ -14,7 +14,7 @@ from autoprune.bank.mend import Mender
 from autoprune.bank.stitch import shape_only
 from autoprune.core.unit import DROP, Option
 from autoprune.methods.compensate import DAMPING
-from autoprune.model.recalibrate import Anchor, norm_statistics
+from autoprune.model.recalibrate import Anchor
 from autoprune.workbench import Workbench
 
 torch.set_num_threads(1)
@@ -57,7 +57,7 @@ def test_statistics_leave_the_norms_alone() -> None:
     model = randomised(Residual())
     model.layer1[0].bn1.momentum = 0.03
     before, training = snapshot(model), [module.training for module in model.modules()]
-    norm_statistics(model, (torch.randn(8, *IMAGE),))
+    Anchor.of(model, (torch.randn(8, *IMAGE),))
     assert_untouched(model, before)
     assert [module.training for module in model.modules()] == training
     assert model.layer1[0].bn1.momentum == 0.03
@@ -164,19 +164,15 @@ def test_what_was_solved_is_remembered_within_the_bound(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["residual functional", "bottleneck", "grouped 4", "vgg", "unet", "dense"])
 def test_compensation_is_no_worse_than_selection(name: str, tmp_path: Path) -> None:
-    """On the calibration data one mended layer's outputs are nearer to the dense ones."""
-    case = CASES[name]
-    bench = workbench_of(case.model(), case.shape, tmp_path)
-    for entry in bench.space.entries:
-        if entry.unit.kind != "channels":
-            continue
-        keep = max(1, entry.unit.width // 2)
-        values = [
-            float(bench.selection.divergences(bench.stitcher.build({entry.unit.name: option}).model).mean())
-            for option in (Option("obs", keep, "least_squares"), Option("obs", keep))
-            if "obs" in bench.bank.orders[entry.unit.name]
-        ]
-        assert values[0] <= 1.5 * values[-1] + 1e-6, entry.unit.name
+    """Over all units, each halved alone: one may gain by chance from what is lost."""
+    bench = workbench_of(CASES[name].model(), CASES[name].shape, tmp_path, calibration=512)
+    totals = {}
+    for compensate in ("least_squares", "none"):
+        options = [Option("obs", max(1, u.width // 2), compensate) for u in bench.space.units if u.kind == "channels"]
+        names = [unit.name for unit in bench.space.units if unit.kind == "channels"]
+        built = [bench.stitcher.build({unit: option}) for unit, option in zip(names, options, strict=True)]
+        totals[compensate] = sum(float(bench.selection.divergences(one.model).mean()) for one in built)
+    assert totals["least_squares"] < totals["none"]
 
 
 def test_a_dropped_block_takes_its_units_with_it(tmp_path: Path) -> None:

@@ -105,7 +105,9 @@ def run_search(
             tried.add(asked.choice)
             _one_trial(run, asked)
     except KeyboardInterrupt:
-        run.progress.note(f"stopped by the user: {run.done} of {trials} trials")
+        run.progress.note(
+            f"stopped by the user: {run.done} of {trials} trials; finishing with the best so far (Ctrl-C again to quit)"
+        )
     return ranked(record)
 
 

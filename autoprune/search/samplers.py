@@ -16,9 +16,16 @@ _POPULATION = 20
 
 def sampler_by_name(name: str, problem: Problem, *, seed: int = 0) -> BaseSampler:
     """The sampler called `name`. Raises ConfigError for an unknown name or a missing package, saying what to do."""
+    check_sampler(name)
+    return SAMPLERS[name](problem, seed)
+
+
+def check_sampler(name: str) -> None:
+    """Raises ConfigError where there is no sampler of that name, or its package is missing."""
     if name not in SAMPLERS:
         raise ConfigError(f"sampler: there is no {name!r}; {near_miss(name, SAMPLERS)}")
-    return SAMPLERS[name](problem, seed)
+    if name == "cmaes" and importlib.util.find_spec("cmaes") is None:
+        raise ConfigError("sampler: 'cmaes' needs the package cmaes; pip install 'autoprune[samplers]', or choose tpe")
 
 
 def _budget(problem: Problem, seed: int) -> BaseSampler:
@@ -30,8 +37,6 @@ def _tpe(problem: Problem, seed: int) -> BaseSampler:  # noqa: ARG001
 
 
 def _cmaes(problem: Problem, seed: int) -> BaseSampler:  # noqa: ARG001
-    if importlib.util.find_spec("cmaes") is None:
-        raise ConfigError("sampler: 'cmaes' needs the package cmaes; pip install 'autoprune[samplers]', or choose tpe")
     return CmaEsSampler(seed=seed, warn_independent_sampling=False)
 
 

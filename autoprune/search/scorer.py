@@ -18,6 +18,8 @@ from autoprune.core.space import Choice, Space
 from autoprune.evaluators.divergence import DivergenceKind, divergence
 from autoprune.search.engine import Score
 
+VERSION = 1
+"""Rises when the same choice would be scored otherwise: a study goes on only where its scores mean the same."""
 STAGES = (256, 1024)
 """Samples after which a candidate may be given up; then all of them."""
 _CERTAINTY = 1.5
