@@ -30,7 +30,7 @@ from autoprune.progress import Progress, Silent
 from autoprune.pursue import Floor, Found, Plan, check_goal, fastest, pursue, resolve_limits
 from autoprune.report.html import render
 from autoprune.runtimes import runtime
-from autoprune.search.samplers import check_sampler
+from autoprune.searching.samplers import check_sampler
 from autoprune.ship import write_model
 from autoprune.spaces import load_space
 from autoprune.verify import Stopwatch, latency_record, params, score, size_bytes
@@ -116,7 +116,7 @@ def search_config(config: Config, *, folder: Path, progress: Progress) -> list[O
     `folder` is what the configuration's paths are relative to. Raises MissedError when a verified number misses.
     """
     task, floor = _task(config, folder), _floor(config)
-    run = usable_folder(Path(config.run or "runs/search"))
+    run = usable_folder(folder / (config.run or "runs/search"))
     save_run(config, folder, run)
     outcomes = _campaign(task, config.budgets, floor, plan=_plan(config), folder=run, progress=progress)
     return [outcome.record for outcome in outcomes]
@@ -127,7 +127,7 @@ def units_of(
 ) -> tuple[tuple[UnitRecord, ...], tuple[str, ...]]:
     """What can be pruned, with each unit's share of the cost; and notes on what cannot."""
     subject = subject_of(_task(config, folder), progress)
-    run = usable_folder(Path(config.run or "runs/search")) if latency else Path()
+    run = usable_folder(folder / (config.run or "runs/search")) if latency else Path()
     space, costs, _ = measured_costs(subject, run, latency=latency, stages=Stages(), progress=progress)
     notes = tuple(f"kept whole: {entry.root} ({entry.reason})" for entry in subject.anatomy.refused)
     return unit_records(space, costs, {}), notes

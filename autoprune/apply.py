@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
@@ -39,7 +40,11 @@ def apply(path: Path, subject: Subject) -> Applied:
     tensors = _side_tensors(path, policy)
     options = policy.options()
     dropped = [block for block in anatomy.blocks if options.get(block.name) == DROP]
-    kept = {name: _kept(path, name, option.keep, tensors) for name, option in options.items() if option != DROP}
+    kept = {
+        name: _kept(path, name, option.keep, policy.units[name].of, tensors)
+        for name, option in options.items()
+        if option != DROP
+    }
     plan = plan_cut(anatomy.widths, anatomy.groups, kept=kept, dropped=dropped)
     model = cut(subject.model, plan)
     state = {name.removeprefix(TENSOR): tensor for name, tensor in tensors.items() if name.startswith(TENSOR)}
@@ -100,9 +105,12 @@ def _side_tensors(path: Path, policy: Policy) -> dict[str, Tensor]:
         raise PolicyError(f"{side}: is damaged: {error}") from None
 
 
-def _kept(path: Path, unit: str, keep: int, tensors: Mapping[str, Tensor]) -> Tensor:
+def _kept(path: Path, unit: str, keep: int, of: int, tensors: Mapping[str, Tensor]) -> Tensor:
     indices = tensors.get(KEPT + unit)
     if indices is None or indices.numel() != keep:
         given = "none" if indices is None else str(indices.numel())
         raise PolicyError(f"{path}: units.{unit}: keep is {keep}, its side file has {given} indices")
-    return indices
+    whole = indices.ndim == 1 and indices.dtype == torch.int64
+    if not whole or len(set(indices.tolist())) != keep or not 0 <= int(indices.min()) <= int(indices.max()) < of:
+        raise PolicyError(f"{path}: units.{unit}: its side file's indices must be {keep} different ones below {of}")
+    return indices.sort().values

@@ -93,7 +93,7 @@ def search(
         notice = f"continuing {resume}"
     else:
         config, folder, notice = _configured(given, goal=True)
-    run = Path(str(config.run))
+    run = folder / str(config.run)
     with make_display(mode) as display:
         display.note(notice)
         try:

@@ -235,7 +235,7 @@ def load_run(run: Path, overrides: Mapping[str, object]) -> tuple[Config, Path]:
     if not isinstance(content, dict) or not {"folder", "config"} <= set(content):
         raise RunError(f"{path}: is damaged; start the search anew")
     try:
-        config = Config.model_validate(_overridden({**content["config"], "run": str(run)}, _given(overrides)))
+        config = Config.model_validate(_overridden({**content["config"], "run": str(run.resolve())}, _given(overrides)))
     except ValidationError as error:
         raise _error(problems_of(error, Config), str(path), set(overrides)) from None
     return config, Path(str(content["folder"]))

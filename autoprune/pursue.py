@@ -26,13 +26,13 @@ from autoprune.profile.clock import Timing
 from autoprune.profile.cost_model import CostModel
 from autoprune.progress import Progress
 from autoprune.recover.refit import Reference, refit
-from autoprune.search import scorer
-from autoprune.search.baselines import global_magnitude, uniform
-from autoprune.search.engine import Finished, ranked, run_search
-from autoprune.search.problem import Problem
-from autoprune.search.sampler import prior_starts
-from autoprune.search.samplers import sampler_by_name
-from autoprune.search.study import StudyRecord, open_study
+from autoprune.searching import scorer
+from autoprune.searching.baselines import global_magnitude, uniform
+from autoprune.searching.engine import Finished, ranked, run_search
+from autoprune.searching.problem import Problem
+from autoprune.searching.sampler import prior_starts
+from autoprune.searching.samplers import sampler_by_name
+from autoprune.searching.study import StudyRecord, open_study
 from autoprune.verify import latency_record, overruns, params, score, size_bytes
 from autoprune.workbench import Workbench
 

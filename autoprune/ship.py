@@ -40,7 +40,7 @@ class Dropped(nn.Module):
         super().__init__()
         self.rest = rest
 
-    def forward(self, x, *_):
+    def forward(self, x, *_, **__):
         return torch.relu(x) if self.rest == "relu" else x
 
 
@@ -55,13 +55,14 @@ def dense_model():
     sys.path.insert(0, str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return getattr(module, name)()
 
 
 def fit(layer, name, state):
     """Give one layer the shapes of the stored tensors."""
-    weight = state.get(f"{{name}}.weight")
+    weight = state.get(f"{{name}}.weight", state.get(f"{{name}}.running_mean"))
     if weight is None:
         return
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from autoprune.core.space import Space, UnitOptions
 from autoprune.core.unit import DROP, Compensate, Option, Unit, keep_all
@@ -40,6 +41,13 @@ class SpaceSpec(BaseModel):
     blocks: bool = True
     protect: tuple[str, ...] = ()
     """Globs of module names that stay as they are."""
+
+    @field_validator("methods")
+    @classmethod
+    def _distinct(cls, methods: tuple[MethodChoice, ...]) -> tuple[MethodChoice, ...]:
+        if len(set(methods)) < len(methods):
+            raise ValueError("each method with each compensation may stand here once")
+        return methods
 
 
 def load_space(name: str, folder: Path) -> SpaceSpec:
@@ -74,9 +82,7 @@ def _preset(name: str) -> Path:
     return _folder() / f"{name}.yaml"
 
 
-def resolve(
-    units: Sequence[Unit], spec: SpaceSpec, *, aligned: Callable[[Unit], Sequence[int]] | None = None
-) -> Space:
+def resolve(units: Sequence[Unit], spec: SpaceSpec, *, aligned: Callable[[Unit], Sequence[int]] | None = None) -> Space:
     """The options of every unit. `aligned` gives a unit's widths at the runtime's steps, once they are measured."""
     entries = []
     for unit in units:
@@ -93,6 +99,6 @@ def resolve(
 
 def _widths(unit: Unit, spec: SpaceSpec, aligned: Sequence[int]) -> list[int]:
     """Widths below the full one, widest first: even steps and the runtime's edges, never below one."""
-    least = max(1, round(unit.width * spec.min_keep))
+    least = max(1, math.ceil(unit.width * spec.min_keep - 1e-9))
     even = {round(unit.width * step / spec.levels) for step in range(1, spec.levels)}
     return sorted({width for width in even | set(aligned) if least <= width < unit.width}, reverse=True)

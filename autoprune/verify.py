@@ -20,7 +20,7 @@ from autoprune.data import Part
 from autoprune.evaluators.base import Evaluator
 from autoprune.profile.clock import Timing, interleave
 from autoprune.runtimes.base import Runtime, Session
-from autoprune.search.scorer import outputs_of
+from autoprune.searching.scorer import outputs_of
 
 _CHUNK = 7
 

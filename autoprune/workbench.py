@@ -43,8 +43,8 @@ from autoprune.profile.latency import Bench, measure_table
 from autoprune.progress import Progress
 from autoprune.recover.refit import Reference
 from autoprune.runtimes import runtime
-from autoprune.search.measured_prior import one_at_a_time
-from autoprune.search.scorer import Scorer, Selection
+from autoprune.searching.measured_prior import one_at_a_time
+from autoprune.searching.scorer import Scorer, Selection
 from autoprune.spaces import SpaceSpec, resolve
 from autoprune.verify import Stopwatch
 
@@ -126,6 +126,8 @@ class Subject:
     example: Tensor
     """One batch of the target's shape."""
     samples: Samples
+    layout: torch.memory_format
+    """How activations lie in memory: channels last where the model takes that."""
     fingerprint: str
     structure: str
 
@@ -155,13 +157,19 @@ def subject_of(task: Task, progress: Progress) -> Subject:
     """Copy the model, discover its units and split the data. The user's model is not written, here or later."""
     progress.phase("discover")
     model = copy.deepcopy(task.model).eval()
-    if task.data.validation_inputs.ndim == 4:
-        in_memory(model, torch.channels_last)  # a third faster on CPUs; the same numbers
     check_fits(model, task.data)
+    layout = _layout(model, task.data.validation_inputs[:1])
+    in_memory(model, layout)
     parts = split(task.data)
     if parts.note:
         progress.note(parts.note)
-    anatomy = discover(model, task.data.validation_inputs[:2], protect=task.spec.protect, blocks=task.spec.blocks)
+    anatomy = discover(
+        model,
+        task.data.validation_inputs[:2],
+        protect=task.spec.protect,
+        channels=task.spec.channels,
+        blocks=task.spec.blocks,
+    )
     for refused in anatomy.refused:
         progress.note(f"kept whole: {refused.root} ({refused.reason})")
     shape = task.example_shape or tuple(task.data.validation_inputs.shape[1:])
@@ -169,9 +177,23 @@ def subject_of(task: Task, progress: Progress) -> Subject:
     if shape == tuple(task.data.validation_inputs.shape[1:]):
         example = task.data.validation_inputs[:1].expand(task.target.batch, *shape).contiguous()
     return Subject(
-        task, model, anatomy, parts, example, Samples.of(macs_of(model, task.data.validation_inputs[:1])),
+        task, model, anatomy, parts, example, Samples.of(macs_of(model, task.data.validation_inputs[:1])), layout,
         weights_fingerprint(task.model), structure_fingerprint(task.model),
     )  # fmt: skip
+
+
+def _layout(model: nn.Module, sample: Tensor) -> torch.memory_format:
+    """Channels last is a third faster on CPUs, with the same numbers; a `view` in the model may not take it."""
+    if sample.ndim != 4:
+        return torch.contiguous_format
+    trial = copy.deepcopy(model)
+    in_memory(trial, torch.channels_last)
+    try:
+        with torch.no_grad():
+            trial(sample.contiguous(memory_format=torch.channels_last))
+    except RuntimeError:
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 def in_memory(model: nn.Module, memory_format: torch.memory_format) -> None:
@@ -232,12 +254,12 @@ def prepare(
     """Calibrate, rank, estimate harm: the rest of what every budget shares."""
     task, model = subject.task, subject.model
     samples = subject.samples
-    batches = _batches(task.data.calibration_inputs[: samples.calibrate])
+    batches = _batches(subject, task.data.calibration_inputs[: samples.calibrate])
     kind: DivergenceKind = "mse" if task.data.validation_targets.is_floating_point() else "kl"
     bank, key = stages.timed("bank", lambda: _bank(subject, batches, folder, progress))
-    anchor = Anchor.of(model, _batches(task.data.calibration_inputs[: samples.recalibrate]))
+    anchor = Anchor.of(model, _batches(subject, task.data.calibration_inputs[: samples.recalibrate]))
     stitcher = Stitcher(model, subject.anatomy, bank, anchor=anchor)
-    selection = Selection.of(model, _batches(subject.parts.selection.inputs), kind)
+    selection = Selection.of(model, _batches(subject, subject.parts.selection.inputs), kind)
     space = _ranked_only(space, bank, progress)
     costs = CostModel(subject.anatomy.architecture, space, table)
     priors = stages.timed(
@@ -247,16 +269,14 @@ def prepare(
     engine = runtime(task.target.runtime)
     return Workbench(
         subject, space, costs, table, bank, priors, stitcher, selection, Scorer(stitcher, space, selection),
-        Reference.of(model, _batches(task.data.calibration_inputs[: samples.refit]), blocks=blocks),
+        Reference.of(model, _batches(subject, task.data.calibration_inputs[: samples.refit]), blocks=blocks),
         Reference.of(model, batches, blocks=blocks),
         Stopwatch.of(model, engine, task.target, example=subject.example), stages,
     )  # fmt: skip
 
 
-def _batches(inputs: Tensor) -> tuple[Tensor, ...]:
-    if inputs.ndim == 4:
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
-    return torch.split(inputs, BATCH)
+def _batches(subject: Subject, inputs: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(inputs.contiguous(memory_format=subject.layout), BATCH)
 
 
 def _bank(subject: Subject, batches: tuple[Tensor, ...], folder: Path, progress: Progress) -> tuple[Bank, str]:
@@ -275,8 +295,12 @@ def _bank(subject: Subject, batches: tuple[Tensor, ...], folder: Path, progress:
         return store.unpack(tensors, norms), key
     targets = _classes(subject, batches)
     progress.phase("depth")
+    few = _batches(subject, task.data.calibration_inputs[: samples.refit])
     runs = observe_runs(
-        subject.model, subject.anatomy.blocks, _batches(task.data.calibration_inputs[: samples.refit]), norms=norms,
+        subject.model,
+        subject.anatomy.blocks,
+        few,
+        norms=norms,
         patches=settings.patches,
         max_columns=settings.max_columns,
     )  # fmt: skip
@@ -336,8 +360,8 @@ def _priors(
         return {name: [stored[f"{name}/{unit}"].numpy() for unit in range(len(space.entries))] for name in names}
     local = local_harms(space, bank, subject.model, anatomy=subject.anatomy)
     count = subject.samples.probe
-    few = Selection(_batches(subject.parts.selection.inputs[:count]), selection.dense[:count], selection.kind)
-    small = Anchor.of(subject.model, _batches(subject.task.data.calibration_inputs[:count]))
+    few = Selection(_batches(subject, subject.parts.selection.inputs[:count]), selection.dense[:count], selection.kind)
+    small = Anchor.of(subject.model, _batches(subject, subject.task.data.calibration_inputs[:count]))
     probe = Stitcher(subject.model, subject.anatomy, bank, anchor=small)
     measured = one_at_a_time(space, probe, few, shape=local["reconstruction"], progress=progress)
     priors: dict[str, Harms] = {**local, "one_at_a_time": measured}

@@ -2,8 +2,8 @@
 
     python benchmarks/evaluation_cost.py --folder PATH_OF_THE_DATA --model resnet56
 
-Bare: the same cut model run over the recalibration and the selection batches in evaluation mode, nothing else. Prints the
-median ratio with its spread over policies.
+Bare: the same cut model run over the recalibration and the selection batches in evaluation mode, nothing else. Prints
+the median ratio with its spread over policies.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from autoprune.core.target import Target
 from autoprune.data import as_data
 from autoprune.evaluators import evaluator
 from autoprune.progress import Silent
-from autoprune.search.scorer import Scorer
+from autoprune.searching.scorer import Scorer
 from autoprune.spaces import load_space
 from autoprune.workbench import Stages, Task, Workbench, measured_costs, prepare, subject_of
 
@@ -45,7 +45,9 @@ def main() -> None:
     bench = workbench(task, asked.run or Path(mkdtemp()))
     ratios = [ratio(bench, seed) for seed in range(asked.policies)]
     low, middle, high = np.quantile(ratios, [0.1, 0.5, 0.9])
-    print(f"evaluation over bare forwards: median {middle:.3f}, 10-90 % {low:.3f} to {high:.3f}, {len(ratios)} policies")
+    print(
+        f"evaluation over bare forwards: median {middle:.3f}, 10-90 % {low:.3f} to {high:.3f}, {len(ratios)} policies"
+    )
     print(json.dumps({"median": middle, "p10": low, "p90": high, "ratios": ratios}))
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/latency_prediction.py --folder PATH_OF_THE_DATA --model resnet56 --batch 1 [--run RUN]
 
-All models are timed interleaved with the dense one. Prints the median and worst absolute relative error, a line a policy.
+All models are timed interleaved with the dense one. Prints a line a policy, the median and the worst relative error.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def main() -> None:
     for share, timing, error in zip(predicted, timings, errors, strict=True):
         print(f"predicted {share:.4f}  measured {timing.ratio:.4f}  error {100 * error:.2f} %")
     print(f"median {100 * np.median(errors):.2f} %, worst {100 * max(errors):.2f} %, {len(errors)} policies")
-    print(json.dumps({"median": float(np.median(errors)), "worst": max(errors), "block": table and table.channel_block}))
+    print(
+        json.dumps({"median": float(np.median(errors)), "worst": max(errors), "block": table and table.channel_block})
+    )
 
 
 if __name__ == "__main__":

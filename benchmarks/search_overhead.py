@@ -17,9 +17,9 @@ from optuna.storages.journal import JournalFileBackend
 from autoprune.core.budget import Metric
 from autoprune.core.space import Choice, Space, UnitOptions
 from autoprune.core.unit import DROP, Option, Unit
-from autoprune.search.problem import Problem, as_row
-from autoprune.search.samplers import SAMPLERS, sampler_by_name
-from autoprune.search.study import StudyRecord, open_study
+from autoprune.searching.problem import Problem, as_row
+from autoprune.searching.samplers import SAMPLERS, sampler_by_name
+from autoprune.searching.study import StudyRecord, open_study
 
 
 class CoupledCosts:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from autoprune.core.budget import Metric
 from autoprune.core.space import Choice, Space, UnitOptions
 from autoprune.core.unit import DROP, Option, Unit
-from autoprune.search.problem import Problem, as_row
+from autoprune.searching.problem import Problem, as_row
 
 
 class ToyCosts:

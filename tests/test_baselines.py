@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from search_problems import every_choice, toy_problem, toy_space
 
-from autoprune.search.baselines import global_magnitude, uniform
+from autoprune.searching.baselines import global_magnitude, uniform
 
 
 @pytest.mark.parametrize("coupling", [0.0, 1.0])

@@ -31,7 +31,7 @@ LEVELS: dict[str, int] = {
     "profile": 5,
     "loading": 5,
     "testing": 5,
-    "search": 6,
+    "searching": 6,
     "recover": 6,
     "verify": 6,
     "report": 6,
@@ -131,7 +131,7 @@ def test_heavy_packages_live_behind_their_walls() -> None:
     assert tracers[0].startswith("model/")
     assert importers("ray") == []
     assert set(importers("rich")) <= {"display.py", "report/text.py"}
-    assert all(name.startswith("search/") or name == "api.py" for name in importers("optuna"))
+    assert all(name.startswith("searching/") or name == "api.py" for name in importers("optuna"))
     assert all(name.startswith("runtimes/") for name in importers("onnxruntime"))
 
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from search_problems import every_choice, toy_problem, toy_space
 
-from autoprune.search.fit import Tables, linearised, repair, solve_fit, total_harm
-from autoprune.search.knapsack import solve
-from autoprune.search.milp import solve_many
-from autoprune.search.problem import as_row
+from autoprune.searching.fit import Tables, linearised, repair, solve_fit, total_harm
+from autoprune.searching.knapsack import solve
+from autoprune.searching.milp import solve_many
+from autoprune.searching.problem import as_row
 
 
 @st.composite

@@ -15,7 +15,7 @@ from autoprune.core.unit import DROP, Option
 from autoprune.model.additions import links, stand_in, watching_additions
 from autoprune.model.flow import norms_after, tails_of
 from autoprune.recover.refit import Reference, refit
-from autoprune.search.scorer import Selection
+from autoprune.searching.scorer import Selection
 from autoprune.workbench import Workbench
 
 torch.set_num_threads(1)

@@ -6,13 +6,13 @@ import pytest
 from search_problems import divergence, divergences, every_choice, toy_problem, toy_space
 
 from autoprune.errors import BudgetError, ConfigError
-from autoprune.search.engine import Score, run_search
-from autoprune.search.fit import Tables
-from autoprune.search.harm_model import features, fit_harm_model
-from autoprune.search.proposals import perturb, swap
-from autoprune.search.sampler import MOVES, BudgetSampler, prior_starts
-from autoprune.search.samplers import sampler_by_name
-from autoprune.search.study import open_study
+from autoprune.searching.engine import Score, run_search
+from autoprune.searching.fit import Tables
+from autoprune.searching.harm_model import features, fit_harm_model
+from autoprune.searching.proposals import perturb, swap
+from autoprune.searching.sampler import MOVES, BudgetSampler, prior_starts
+from autoprune.searching.samplers import sampler_by_name
+from autoprune.searching.study import open_study
 
 
 def searched(problem, truth, folder, *, trials, name="budget", seed=0):

@@ -17,10 +17,10 @@ from optuna.trial import TrialState
 from search_problems import divergence, toy_problem, toy_space
 
 from autoprune.errors import DataError, RunError
-from autoprune.search.engine import Score, run_search
-from autoprune.search.journal import mend_tail
-from autoprune.search.samplers import SAMPLERS, sampler_by_name
-from autoprune.search.study import INTERRUPTED, open_study
+from autoprune.searching.engine import Score, run_search
+from autoprune.searching.journal import mend_tail
+from autoprune.searching.samplers import SAMPLERS, sampler_by_name
+from autoprune.searching.study import INTERRUPTED, open_study
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +139,8 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from search_problems import divergence, toy_problem, toy_space
-from autoprune.search.samplers import sampler_by_name
-from autoprune.search.study import open_study
+from autoprune.searching.samplers import sampler_by_name
+from autoprune.searching.study import open_study
 
 problem, truth = toy_problem(toy_space((2, 1), 4), seed=1, coupling=0.5)
 record = open_study(Path(sys.argv[1]), problem, sampler=sampler_by_name("budget", problem))

@@ -6,6 +6,7 @@ Memory is bounded: layers whose moments would not fit together are seen in sever
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -63,8 +64,8 @@ class _Sums:
     mean: Tensor | float = 0.0
     diagonal: Tensor | float = 0.0
     second: Tensor | float = 0.0
-    mean_abs: list[Tensor] = field(default_factory=list)
-    zero_share: list[Tensor] = field(default_factory=list)
+    mean_abs: Tensor | float = 0.0
+    zero_share: Tensor | float = 0.0
     per_sample: list[Tensor] = field(default_factory=list)
 
     def see(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> None:
@@ -77,8 +78,8 @@ class _Sums:
         if self.keeps_second:
             self.second = self.second + (patches.T @ patches).double()
         flat = channels_last(layer, inputs)  # (N, positions, inputs)
-        self.mean_abs.append(flat.abs().mean((0, 1)))
-        self.zero_share.append((flat == 0).float().mean((0, 1)))
+        self.mean_abs = self.mean_abs + flat.abs().mean(1).double().sum(0)
+        self.zero_share = self.zero_share + (flat == 0).float().mean(1).double().sum(0)
         self.per_sample.append(flat.mean(1))
 
 
@@ -103,8 +104,8 @@ def calibrate(
     sums: dict[str, _Sums] = {}
     samples = sum(len(batch) for batch in batches)
     for together in passes:
-        for index, name in enumerate(together):
-            generator = torch.Generator().manual_seed(settings.seed * 7919 + index)
+        for name in together:
+            generator = torch.Generator().manual_seed(settings.seed * 7919 + zlib.crc32(name.encode()))
             each = max(1, -(-settings.patches // samples))
             sums[name] = _Sums(each, generator, keeps_second=widths[name] <= settings.max_columns)
         _observe(model, {name: sums[name] for name in together}, batches, progress)
@@ -154,14 +155,21 @@ def _gradients(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """For each layer the Taylor scores of its inputs and the Fisher information of its outputs (`limit` samples)."""
     modules = dict(model.named_modules())
-    held: dict[str, tuple[Tensor, Tensor]] = {}
-    sums: dict[str, tuple[Tensor | float, Tensor | float]] = dict.fromkeys(layers, (0.0, 0.0))
+    sums: dict[str, list[Tensor | float]] = {name: [0.0, 0.0] for name in layers}
 
     def hold(name: str, inputs: Tensor, output: Tensor) -> None:
-        for tensor in (inputs, output):
+        layer, values = modules[name], inputs.detach().clone()
+
+        def taylor(gradient: Tensor) -> None:
+            sums[name][0] = sums[name][0] + _taylor(layer, values, gradient)
+
+        def fisher(gradient: Tensor) -> None:
+            sums[name][1] = sums[name][1] + _fisher(layer, gradient)
+
+        # Hooks, not `retain_grad`: an activation in place would move that to the value after it.
+        for tensor, see in ((inputs, taylor), (output, fisher)):
             if tensor.requires_grad:
-                tensor.retain_grad()
-        held[name] = (inputs, output)
+                tensor.register_hook(see)  # type: ignore[no-untyped-call]
 
     hooks = {name: (lambda x, y, name=name: hold(name, x, y)) for name in layers}
     seen = 0
@@ -174,48 +182,48 @@ def _gradients(
             loss = _loss(outputs[0] if isinstance(outputs, (tuple, list)) else outputs, wanted)
             loss.backward()  # type: ignore[no-untyped-call]
             seen += len(batch)
-            for name, (x, y) in held.items():
-                before = sums[name]
-                sums[name] = (before[0] + _taylor(modules[name], x), before[1] + _fisher(modules[name], y))
-            held.clear()
-    count = max(seen, 1)
+    shown = {call.name: call for call in calls(model, batches[0][:1])}
     return {
         name: (
-            torch.as_tensor(taylor, dtype=torch.float64),
-            torch.as_tensor(fisher, dtype=torch.float64) / count,
+            _per_channel(modules[name], shown[name].inputs, taylor),
+            _per_channel(modules[name], shown[name].output, fisher) / max(seen, 1),
         )
         for name, (taylor, fisher) in sums.items()
     }
 
 
 def _loss(outputs: Tensor, wanted: Tensor) -> Tensor:
-    """Cross-entropy for classes (int64), else the squared error; summed over samples."""
+    """Cross-entropy for classes (int64; logits have them in dimension 1), else the squared error; summed."""
     if wanted.dtype == torch.int64:
-        return functional.cross_entropy(outputs.flatten(0, -2), wanted.flatten(), reduction="sum")
+        return functional.cross_entropy(outputs, wanted, reduction="sum")
     return (outputs - wanted.view_as(outputs)).square().sum()
 
 
-def _taylor(layer: nn.Module, inputs: Tensor) -> Tensor:
-    if inputs.grad is None:
-        return torch.zeros(channels_last(layer, inputs).shape[-1], dtype=torch.float64)
-    product = channels_last(layer, inputs.detach() * inputs.grad)  # (N, positions, inputs)
+def _taylor(layer: nn.Module, inputs: Tensor, gradient: Tensor) -> Tensor:
+    product = channels_last(layer, inputs * gradient)  # (N, positions, inputs)
     return product.sum(1).double().square().sum(0)
 
 
-def _fisher(layer: nn.Module, output: Tensor) -> Tensor:
-    if output.grad is None:
-        return torch.zeros(channels_last(layer, output).shape[-1], dtype=torch.float64)
-    return channels_last(layer, output.grad).double().square().sum((0, 1))
+def _fisher(layer: nn.Module, gradient: Tensor) -> Tensor:
+    return channels_last(layer, gradient).double().square().sum((0, 1))
+
+
+def _per_channel(layer: nn.Module, tensor: Tensor, total: Tensor | float) -> Tensor:
+    """A running sum as a tensor, zero where no gradient came by."""
+    if isinstance(total, Tensor):
+        return total
+    return torch.zeros(channels_last(layer, tensor).shape[-1], dtype=torch.float64)
 
 
 def _finished(sums: _Sums, taylor: Tensor, fisher: Tensor) -> LayerStatistics:
+    samples = sum(len(values) for values in sums.per_sample)
     mean, diagonal = torch.as_tensor(sums.mean) / sums.count, torch.as_tensor(sums.diagonal) / sums.count
     return LayerStatistics(
         mean=mean,
         diagonal=diagonal,
         second=torch.as_tensor(sums.second) / sums.count if sums.keeps_second else None,
-        mean_abs=torch.stack(sums.mean_abs).mean(0).double(),
-        zero_share=torch.stack(sums.zero_share).mean(0).double(),
+        mean_abs=torch.as_tensor(sums.mean_abs) / samples,
+        zero_share=torch.as_tensor(sums.zero_share) / samples,
         per_sample=torch.cat(sums.per_sample),
         taylor=taylor,
         output_fisher=fisher,

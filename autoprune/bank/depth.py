@@ -58,20 +58,18 @@ def observe_runs(
     max_columns: int,
 ) -> dict[str, tuple[Run, ...]]:  # fmt: skip
     """For each layer that enters an addition: the runs of blocks it may stand in for, shortest first."""
-    found = links(
-        model, batches[0][:2], layers=tails_of(model, norms), blocks={block.name: block.layers for block in blocks}
-    )
+    tails = tails_of(model, norms, batches[0][:2])
+    found = links(model, batches[0][:2], layers=tails, blocks={block.name: block.layers for block in blocks})
     modules = dict(model.named_modules())
     makers = {norm: layer for layer, norm in norms.items()}
     ends = {tail: _ends(found, tail) for tail in found if _is_solvable(modules[makers.get(tail, tail)], max_columns)}
     ends = {tail: reached for tail, reached in ends.items() if reached}
     if not ends:
         return {}
-    watched = {*ends, *(last for reached in ends.values() for last in reached.values())}
     sums = {(tail, run): _Sums() for tail, reached in ends.items() for run in reached}
     each = max(1, -(-patches // sum(len(batch) for batch in batches)))
     seen = _Batch(modules, {tail: makers.get(tail, tail) for tail in found}, each)
-    with torch.no_grad(), watching(model, seen.hooks(ends)), watching_additions(model, watched, seen.added):
+    with torch.no_grad(), watching(model, seen.hooks(ends)), watching_additions(model, tails, seen.added):
         for index, batch in enumerate(batches):
             seen.start(index)
             model(batch)
@@ -114,6 +112,8 @@ class _Batch:
 
     def added(self, tail: str, _branch: Tensor, total: Tensor) -> None:
         """Sample the sum that `tail` entered."""
+        if tail not in self._makers:
+            return
         module = self._modules[self._makers[tail]]
         self.totals[tail] = sampled_outputs(module, total, self._chosen(positions_of(module, total)))
 

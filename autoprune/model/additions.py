@@ -22,9 +22,10 @@ Seen = Callable[[str, Tensor, Tensor], None]
 class _Adds(TorchFunctionMode):
     """Reports additions of two tensors of one shape, one of which a watched layer made."""
 
-    def __init__(self, made: Mapping[int, tuple[str, Tensor]], seen: Seen) -> None:
+    def __init__(self, made: Mapping[int, tuple[str, Tensor]], layers: Mapping[str, int], seen: Seen) -> None:
         super().__init__()
         self._made = made
+        self._layers = layers
         self._seen = seen
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -40,14 +41,17 @@ class _Adds(TorchFunctionMode):
         tensors = [arg for arg in args[:2] if isinstance(arg, Tensor)]
         if len(tensors) != 2 or tensors[0].shape != tensors[1].shape:
             return None
-        found = {id(tensor) for tensor in tensors} & self._made.keys()
-        latest = [self._made[key] for key in self._made if key in found]
-        return latest[-1] if latest else None  # what was made last is the branch; a projected shortcut is shorter
+        found = [self._made[id(tensor)] for tensor in tensors if id(tensor) in self._made]
+        return max(found, key=lambda made: self._layers[made[0]], default=None)
 
 
 @contextmanager
-def watching_additions(model: nn.Module, layers: Collection[str], seen: Seen) -> Iterator[None]:
-    """Call `seen` for every addition that one of `layers` enters directly, for the time of the block."""
+def watching_additions(model: nn.Module, layers: Mapping[str, int], seen: Seen) -> Iterator[None]:
+    """Call `seen` for every addition that one of `layers` enters directly, for the time of the block.
+
+    `layers` gives each one's number of weights: where both summands are made by such layers (a projected shortcut), the
+    larger one is the branch.
+    """
     made: dict[int, tuple[str, Tensor]] = {}
 
     def maker(name: str) -> Callable[[Tensor, Tensor], None]:
@@ -60,7 +64,7 @@ def watching_additions(model: nn.Module, layers: Collection[str], seen: Seen) ->
         made.clear()
 
     hooks = {name: maker(name) for name in layers} | {"": start}
-    with watching(model, hooks), _Adds(made, seen):
+    with watching(model, hooks), _Adds(made, layers, seen):
         yield
 
 
@@ -73,7 +77,7 @@ class Link:
 
 
 def links(
-    model: nn.Module, example: Tensor, *, layers: Collection[str], blocks: Mapping[str, Collection[str]]
+    model: nn.Module, example: Tensor, *, layers: Mapping[str, int], blocks: Mapping[str, Collection[str]]
 ) -> dict[str, Link | None]:
     """Those of `layers` that enter an addition directly, in execution order, each with the block that follows it.
 
@@ -98,8 +102,8 @@ def links(
         model(example)
     found: dict[str, Link | None] = {}
     for layer in order:
-        around = _innermost(layer, outputs)
-        after = next((b for b in blocks if around and b in inputs and inputs[b] is outputs[around]), None)
+        sums = [outputs[name] for name in outputs if layer.startswith(f"{name}.")]
+        after = next((b for b in blocks if b in inputs and any(inputs[b] is total for total in sums)), None)
         entering = [name for name in order if after is not None and name in blocks[after]]
         found[layer] = Link(after, entering[-1]) if after is not None and entering else None
     return found
@@ -112,8 +116,3 @@ def stand_in(found: Mapping[str, Link | None], layer: str, dropped: Collection[s
         layer = link.layer
         link = found.get(layer)
     return layer
-
-
-def _innermost(layer: str, containers: Mapping[str, Tensor]) -> str | None:
-    around = [name for name in containers if layer.startswith(f"{name}.")]
-    return max(around, key=len, default=None)

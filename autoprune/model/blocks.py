@@ -37,7 +37,7 @@ class Dropped(nn.Module):
         super().__init__()
         self.rest = rest
 
-    def forward(self, x: Tensor, *_: object) -> Tensor:
+    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
         """`x`, after the block's last activation where that changed it."""
         return functional.relu(x) if self.rest == "relu" else x
 

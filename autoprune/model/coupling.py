@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ import torch_pruning
 from torch import Tensor, nn
 
 from autoprune.errors import ModelError
+from autoprune.model.observe import calls
 
 Axis = Literal["out", "in", "both", "norm"]
 """Which side of a layer: `out` its outputs, `in` its inputs, `both` a depthwise layer's, `norm` a norm's channels."""
@@ -87,9 +88,12 @@ def coupled_groups(model: nn.Module, example: Tensor) -> tuple[tuple[Group, ...]
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(flags[name])
     names = {module: name for name, module in model.named_modules()}
+    order = {call.name: place for place, call in enumerate(calls(model, example))}
+    modules = dict(model.named_modules())
     read = [_read(items, names) for items in raw]
-    groups = [entry for entry in read if isinstance(entry, Group)]
-    return tuple(reversed(groups)), tuple(entry for entry in read if isinstance(entry, Refused))
+    entries = [_named(entry, modules, order) if isinstance(entry, Group) else entry for entry in read]
+    groups = sorted((e for e in entries if isinstance(e, Group)), key=lambda group: order[group.root])
+    return tuple(groups), tuple(entry for entry in entries if isinstance(entry, Refused))
 
 
 def _read(items: Any, names: dict[nn.Module, str]) -> Group | Refused:
@@ -135,6 +139,28 @@ def _coupled(
             return Refused(root, f"its channels reach {layer} unevenly")
         built.append(Member(layer, axis, torch.tensor(lists, dtype=torch.int64)))
     return Group(root, classes, tuple(built)) if classes > 1 else Refused(root, "it has one channel alone")
+
+
+def _named(group: Group, modules: Mapping[str, nn.Module], order: Mapping[str, int]) -> Group | Refused:
+    """The group by the name, and in the channel order, of the first layer that makes its channels."""
+    for member in group.members:
+        if not _is_even(member, modules[member.layer]):
+            return Refused(group.root, f"its channels are not spread evenly over the groups of {member.layer}")
+    root = min(group.on("out"), key=lambda member: order[member.layer])
+    ascending = root.positions[:, 0].argsort()
+    return Group(root.layer, group.width, tuple(Member(m.layer, m.axis, m.positions[ascending]) for m in group.members))
+
+
+def _is_even(member: Member, layer: nn.Module) -> bool:
+    """Whether each channel has the same places in every group of a grouped convolution, so that groups stay equal."""
+    if not isinstance(layer, CONVOLUTIONS) or layer.groups == 1 or member.axis not in ("in", "out"):
+        return True
+    size = (layer.in_channels if member.axis == "in" else layer.out_channels) // layer.groups
+    for positions in member.positions.tolist():
+        places = [sorted(p % size for p in positions if p // size == group) for group in range(layer.groups)]
+        if any(place != places[0] for place in places):
+            return False
+    return True
 
 
 def _axis(module: nn.Module, handler: str) -> Axis:

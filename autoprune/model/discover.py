@@ -24,7 +24,7 @@ from autoprune.model.describe import describe
 
 @dataclass(frozen=True, slots=True)
 class Anatomy:
-    """What discovery found. `units` follow execution order; `refused` says what stays as it is, and why."""
+    """What discovery found. `units` follow the model's own order of modules; `refused` says what stays, and why."""
 
     units: tuple[Unit, ...]
     groups: tuple[Group, ...]
@@ -38,7 +38,9 @@ class Anatomy:
         return next(group for group in self.groups if group.root == name)
 
 
-def discover(model: nn.Module, example: Tensor, *, protect: Sequence[str] = (), blocks: bool = True) -> Anatomy:
+def discover(
+    model: nn.Module, example: Tensor, *, protect: Sequence[str] = (), channels: bool = True, blocks: bool = True
+) -> Anatomy:
     """All units of `model` but those that `protect`'s globs name by any of their layers.
 
     `example` is a small batch of real data. Raises ConfigError for a glob that matches nothing, ModelError when the
@@ -48,7 +50,7 @@ def discover(model: nn.Module, example: Tensor, *, protect: Sequence[str] = (), 
     for glob in protect:
         if not fnmatch.filter(names, glob):
             raise ConfigError(f"space.protect: {glob!r} matches no module of the model; {near_miss(glob, names)}")
-    groups, refused = coupled_groups(model, example)
+    groups, refused = coupled_groups(model, example) if channels else ((), ())
     protected = [Refused(group.root, "protected") for group in groups if _is_protected(_layers_of(group), protect)]
     groups = tuple(group for group in groups if not _is_protected(_layers_of(group), protect))
     groups, wrong = _tested(model, example, groups)
@@ -115,13 +117,13 @@ def _cut_check(model: nn.Module, example: Tensor) -> Callable[[Sequence[Group]],
 
     def same(groups: Sequence[Group]) -> bool:
         kept = {g.root: torch.tensor([c for c in range(g.width) if c % 3 != 1]) for g in groups}
-        smaller = cut(model, plan_cut(widths, groups, kept=kept, dropped=()))
-        with torch.no_grad():
-            masked = _first(_masked(model, groups, kept)(example))
-            try:
+        try:
+            with torch.no_grad():
+                smaller = cut(model, plan_cut(widths, groups, kept=kept, dropped=()))
+                masked = _first(_masked(model, groups, kept)(example))
                 return bool(torch.allclose(_first(smaller(example)), masked, rtol=1e-3, atol=tolerance))
-            except RuntimeError:  # shapes no longer fit
-                return False
+        except Exception:  # noqa: BLE001 (whatever a foreign forward raises once widths differ: it cannot be cut)
+            return False
 
     return same
 

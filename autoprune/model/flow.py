@@ -33,7 +33,18 @@ def norm_scale(norm: nn.Module) -> Tensor:
     return scale * norm.weight.detach().double() if norm.affine else scale
 
 
-def tails_of(model: nn.Module, norms: Mapping[str, str]) -> list[str]:
-    """What makes the output of each convolution or linear layer: the norm that follows it, or the layer itself."""
-    layers = [name for name, module in model.named_modules() if isinstance(module, (*CONVOLUTIONS, nn.Linear))]
-    return [norms.get(name, name) for name in layers]
+def tails_of(model: nn.Module, norms: Mapping[str, str], example: Tensor) -> dict[str, int]:
+    """What makes the output of each convolution or linear layer: the norm that follows it, or the layer itself; with
+    the number of its weights. Outputs that another module reads too are left out: they are no branch of their own.
+    """
+    modules = dict(model.named_modules())
+    seen = calls(model, example)
+    read = {id(call.inputs) for call in seen}
+    alone = {call.name for call in seen if id(call.output) not in read}
+    sizes: dict[str, int] = {}
+    for name, layer in modules.items():
+        if isinstance(layer, (*CONVOLUTIONS, nn.Linear)):
+            tail = norms.get(name, name)
+            if tail in alone:
+                sizes[tail] = layer.weight.numel()
+    return sizes

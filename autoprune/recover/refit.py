@@ -24,7 +24,7 @@ from autoprune.model.blocks import Block
 from autoprune.model.coupling import CONVOLUTIONS, NORMS
 from autoprune.model.cut import CutPlan, Kept
 from autoprune.model.flow import norm_scale, norms_after, tails_of
-from autoprune.model.observe import watching
+from autoprune.model.observe import calls, watching
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +60,17 @@ class _Stopped(Exception):  # noqa: N818 - control flow, not an error
 
 @dataclass(slots=True)
 class _Normal:
-    """Normal equations of one layer, float64: inputs with a constant column against targets."""
+    """Normal equations of one layer, float64: inputs and a last column of ones (or zeros) against targets."""
 
+    constant: bool
+    """Whether there is somewhere to put a constant: a norm, or a bias."""
     gram: Tensor | float = 0.0
     cross: Tensor | float = 0.0
     count: int = 0
 
     def see(self, inputs: Tensor, targets: Tensor) -> None:
         """Add rows: inputs (rows, columns), targets (rows, outputs)."""
-        wide = torch.cat((inputs, torch.ones(len(inputs), 1)), 1)
+        wide = torch.cat((inputs, torch.full((len(inputs), 1), float(self.constant))), 1)
         self.gram = self.gram + (wide.T @ wide).double()
         self.cross = self.cross + (wide.T @ targets).double()
         self.count += len(inputs)
@@ -99,9 +101,8 @@ class Reference:
     ) -> Reference:  # fmt: skip
         """Prepare refits of candidates of `model`, of which `blocks` can be dropped."""
         norms = norms_after(model, batches[0][:2])
-        found = links(
-            model, batches[0][:2], layers=tails_of(model, norms), blocks={block.name: block.layers for block in blocks}
-        )
+        tails = tails_of(model, norms, batches[0][:2])
+        found = links(model, batches[0][:2], layers=tails, blocks={block.name: block.layers for block in blocks})
         return cls(model, tuple(batches), norms, found, settings or RefitSettings())
 
 
@@ -119,7 +120,8 @@ def _sites(reference: Reference, plan: CutPlan, model: nn.Module) -> list[Site]:
     """Layers to solve, in execution order: those with cut inputs, and every branch that is added to a shortcut."""
     tails = {norm: layer for layer, norm in reference.norms.items()}
     modules = dict(model.named_modules())
-    layers = [n for n, m in modules.items() if isinstance(m, (*CONVOLUTIONS, nn.Linear)) and _is_solvable(m, reference)]
+    run = dict.fromkeys(call.name for call in calls(model, reference.batches[0][:2]))  # in execution order
+    layers = [name for name in run if _is_solvable(modules[name], reference)]
     dropped = [block.name for block in plan.dropped]
     added = {tails.get(tail, tail): tail for tail in reference.links}
     sites = []
@@ -170,7 +172,7 @@ def _dense_targets(reference: Reference, sites: Sequence[Site], plan: CutPlan) -
             take(sums[name], total)
 
     hooks = {name: (lambda _x, y, site=site: take(site, y)) for name, site in own.items()}
-    with watching(reference.model, hooks), watching_additions(reference.model, list(sums), summed):
+    with watching(reference.model, hooks), watching_additions(reference.model, dict.fromkeys(sums, 0), summed):
         for batch_index, batch in enumerate(reference.batches):  # noqa: B007 (read by `take`)
             reference.model(batch)
     return targets
@@ -179,7 +181,7 @@ def _dense_targets(reference: Reference, sites: Sequence[Site], plan: CutPlan) -
 def _solve_site(reference: Reference, model: nn.Module, site: Site, targets: Sequence[Tensor]) -> None:
     """Refit one layer of the candidate on what reaches it now."""
     layer = model.get_submodule(site.layer)
-    normal, each = _Normal(), _each(reference)
+    normal, each = _Normal(constant=site.norm is not None or layer.bias is not None), _each(reference)
     patches = torch.empty(0)
     chosen = torch.empty(0)
     target = targets[0]
@@ -199,7 +201,7 @@ def _solve_site(reference: Reference, model: nn.Module, site: Site, targets: Seq
     with ExitStack() as stack:
         stack.enter_context(watching(model, {site.layer: enter}))
         if site.added:
-            stack.enter_context(watching_additions(model, [site.tail], summed))
+            stack.enter_context(watching_additions(model, {site.tail: 0}, summed))
         for index, batch in enumerate(reference.batches):
             target = targets[index]
             try:

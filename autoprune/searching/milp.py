@@ -13,7 +13,7 @@ from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from autoprune.core.space import Choice
-from autoprune.search.problem import Floats, Ints
+from autoprune.searching.problem import Floats, Ints
 
 _TIGHTENINGS = 4
 

@@ -19,12 +19,12 @@ from optuna.trial import FrozenTrial
 
 from autoprune.core.space import Choice
 from autoprune.errors import BudgetError
-from autoprune.search.fit import Tables, solve_fit
-from autoprune.search.harm_model import HarmModel, fit_harm_model
-from autoprune.search.history import ELITES, History, Seen
-from autoprune.search.problem import Floats, Problem, as_choice
-from autoprune.search.proposals import perturb, swap
-from autoprune.search.study import distributions_of
+from autoprune.searching.fit import Tables, solve_fit
+from autoprune.searching.harm_model import HarmModel, fit_harm_model
+from autoprune.searching.history import ELITES, History, Seen
+from autoprune.searching.problem import Floats, Problem, as_choice
+from autoprune.searching.proposals import perturb, swap
+from autoprune.searching.study import distributions_of
 
 MOVES = ("perturb", "swap", "model", "guided")
 _ATTEMPTS = 16

@@ -15,9 +15,9 @@ from optuna.trial import FrozenTrial, TrialState
 from autoprune.core.space import Choice
 from autoprune.errors import AutopruneError, RunError
 from autoprune.progress import Progress, Silent, TrialSeen
-from autoprune.search.problem import Problem
-from autoprune.search.sampler import prior_starts
-from autoprune.search.study import INTERRUPTED, Asked, StudyRecord, is_result
+from autoprune.searching.problem import Problem
+from autoprune.searching.sampler import prior_starts
+from autoprune.searching.study import INTERRUPTED, Asked, StudyRecord, is_result
 
 ASKS_A_TRIAL = 5
 """How many proposals a sampler may make for each evaluation: those that do not fit are not evaluated."""

@@ -12,7 +12,7 @@ import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
 from autoprune.core.space import Choice
-from autoprune.search.problem import Floats, Problem, as_choice, as_row
+from autoprune.searching.problem import Floats, Problem, as_choice, as_row
 
 STEP_FIRST = 0.4
 STEP_BOUNDS = (0.05, 1.5)

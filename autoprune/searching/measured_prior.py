@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from autoprune.bank.stitch import Stitcher
 from autoprune.core.space import Space
 from autoprune.progress import Progress
-from autoprune.search.scorer import Selection
+from autoprune.searching.scorer import Selection
 
 
 def one_at_a_time(

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 
 from autoprune.errors import ConfigError, near_miss
-from autoprune.search.problem import Problem
-from autoprune.search.sampler import BudgetSampler
+from autoprune.searching.problem import Problem
+from autoprune.searching.sampler import BudgetSampler
 
 _POPULATION = 20
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from autoprune.core.space import Choice
-from autoprune.search.fit import Tables, fill, repair
-from autoprune.search.problem import Bools, Floats, Ints, Problem, as_choice
+from autoprune.searching.fit import Tables, fill, repair
+from autoprune.searching.problem import Bools, Floats, Ints, Problem, as_choice
 
 _METHOD_SHARE = 0.4
 """How much a method's taste at a unit varies, beside the unit's own weight."""

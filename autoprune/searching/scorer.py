@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from autoprune.bank.stitch import Candidate, Stitcher
 from autoprune.core.space import Choice, Space
 from autoprune.evaluators.divergence import DivergenceKind, divergence
-from autoprune.search.engine import Score
+from autoprune.searching.engine import Score
 
 VERSION = 1
 """Rises when the same choice would be scored otherwise: a study goes on only where its scores mean the same."""

@@ -13,9 +13,9 @@ import numpy as np
 
 from autoprune.core.budget import Metric
 from autoprune.core.space import Choice
-from autoprune.search.knapsack import solve
-from autoprune.search.milp import solve_many
-from autoprune.search.problem import Bools, Floats, Ints, Problem, as_choice, as_row
+from autoprune.searching.knapsack import solve
+from autoprune.searching.milp import solve_many
+from autoprune.searching.problem import Bools, Floats, Ints, Problem, as_choice, as_row
 
 ROUNDS = 6
 """How often `solve_fit` linearises again before it narrows units one by one."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from autoprune.core.space import Choice
 from autoprune.core.unit import Compensate
-from autoprune.search.problem import Floats, Ints, Problem, as_choice
+from autoprune.searching.problem import Floats, Ints, Problem, as_choice
 
 _SLACK = 1e-9  # of rounding in a fraction times a width
 

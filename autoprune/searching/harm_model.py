@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import cholesky, solve_triangular
 
-from autoprune.search.problem import Floats, Ints, Problem
+from autoprune.searching.problem import Floats, Ints, Problem
 
 _UNIT_SPREAD = 0.7
 """How far, in shares of the common scale, one unit's weight may be from it before data say so."""

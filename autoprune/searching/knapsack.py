@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from autoprune.core.space import Choice
-from autoprune.search.problem import Floats, Ints
+from autoprune.searching.problem import Floats, Ints
 
 
 @dataclass(slots=True)

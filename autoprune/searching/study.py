@@ -26,8 +26,8 @@ from optuna.trial import FrozenTrial, TrialState
 from autoprune.core.budget import Metric
 from autoprune.core.space import Choice
 from autoprune.errors import RunError
-from autoprune.search.journal import DRAFT_ID, Ending, TrialJournal
-from autoprune.search.problem import Problem, as_choice, as_row
+from autoprune.searching.journal import DRAFT_ID, Ending, TrialJournal
+from autoprune.searching.problem import Problem, as_choice, as_row
 
 INTERRUPTED = "interrupted"
 """The reason of a trial that was never finished: the process was killed or stopped."""
