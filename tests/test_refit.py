@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from networks import CASES, IMAGE, Residual, Vgg, assert_untouched, conv, random
 from torch import Tensor, nn
 from torch.nn import functional
 
+from autoprune.bank.stitch import Stitcher
 from autoprune.core.unit import DROP, Option
 from autoprune.model.additions import links, stand_in, watching_additions
 from autoprune.model.flow import norms_after, tails_of
@@ -38,7 +40,9 @@ def before_and_after(
     batches = torch.split(bench.subject.task.data.calibration_inputs, 128)
     reference = Reference.of(bench.subject.model, batches, blocks=bench.subject.anatomy.blocks)
     selection = Selection.of(bench.subject.model, batches, "kl")
-    candidate = bench.stitcher.build(half_of_all(bench) if options is None else options)
+    bare = replace(bench.bank, runs={})  # without what the bank does for dropped blocks: refitting alone is tested here
+    stitcher = Stitcher(bench.subject.model, bench.subject.anatomy, bare, anchor=bench.stitcher.anchor)
+    candidate = stitcher.build(half_of_all(bench) if options is None else options)
     before = float(selection.divergences(candidate.model).mean())
     count = refit(reference, candidate)
     after = float(selection.divergences(candidate.model).mean())
@@ -211,7 +215,7 @@ def test_layers_are_solved_as_they_run_not_as_they_are_written(tmp_path: Path) -
 
 def found_in(model: nn.Module, blocks: Mapping[str, list[str]]) -> dict[str, str | None]:
     example = torch.randn(2, *IMAGE)
-    tails = tails_of(model, norms_after(model, example))
+    tails = tails_of(model, norms_after(model, example), example)
     found = links(model, example, layers=tails, blocks=blocks)
     return {layer: link and link.block for layer, link in found.items()}
 
@@ -234,7 +238,7 @@ def test_a_sum_stands_for_that_of_the_last_block_dropped_after_it() -> None:
     model, example = randomised(Residual(blocks=4)), torch.randn(2, *IMAGE)
     names = [f"layer{stage}.{index}" for stage in (1, 2) for index in range(4) if (stage, index) != (2, 0)]
     blocks = {name: [f"{name}.{part}" for part in ("conv1", "bn1", "conv2", "bn2")] for name in names}
-    found = links(model, example, layers=tails_of(model, norms_after(model, example)), blocks=blocks)
+    found = links(model, example, layers=tails_of(model, norms_after(model, example), example), blocks=blocks)
     assert stand_in(found, "layer1.0.bn2", []) == "layer1.0.bn2"
     assert stand_in(found, "layer1.0.bn2", ["layer1.1"]) == "layer1.1.bn2"
     assert stand_in(found, "layer1.0.bn2", ["layer1.1", "layer1.2", "layer1.3"]) == "layer1.3.bn2"
@@ -253,7 +257,7 @@ def test_branch_and_sum_are_reported_as_they_were(style: str) -> None:
     entering = model.layer1[1].register_forward_pre_hook(lambda _m, x: made.update(shortcut=x[0].clone()))
     with (
         torch.no_grad(),
-        watching_additions(model, ["layer1.1.bn2"], lambda n, b, s: seen.update({n: (b.clone(), s.clone())})),
+        watching_additions(model, {"layer1.1.bn2": 1}, lambda n, b, s: seen.update({n: (b.clone(), s.clone())})),
     ):
         model(example)
     handle.remove()

@@ -72,8 +72,8 @@ def entering(model: nn.Module, layer: str, inputs: Tensor) -> Tensor:
     return seen[0]
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_a_shared_consumer_is_mended_by_least_squares_on_all_it_reads(groups: int, tmp_path: Path) -> None:
+def test_a_shared_consumer_is_mended_by_least_squares_on_all_it_reads(tmp_path: Path) -> None:
+    groups = 1  # a grouped consumer of a join is refused: its groups would not stay equal
     model = randomised(Joined(groups))
     bench = workbench_of(model, IMAGE, tmp_path)
     widths = {unit.name: unit.width for unit in bench.space.units}

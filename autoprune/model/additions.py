@@ -19,10 +19,23 @@ Seen = Callable[[str, Tensor, Tensor], None]
 """Called with the layer whose output enters an addition, that output (as it was before), and the sum."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What a layer put out, and how often that tensor had been written to by then."""
+
+    layer: str
+    output: Tensor
+    version: int
+
+    def is_unchanged(self) -> bool:
+        """Whether nothing, such as an activation in place, has written to it since."""
+        return self.output._version == self.version
+
+
 class _Adds(TorchFunctionMode):
     """Reports additions of two tensors of one shape, one of which a watched layer made."""
 
-    def __init__(self, made: Mapping[int, tuple[str, Tensor]], layers: Mapping[str, int], seen: Seen) -> None:
+    def __init__(self, made: Mapping[int, _Made], layers: Mapping[str, int], seen: Seen) -> None:
         super().__init__()
         self._made = made
         self._layers = layers
@@ -31,18 +44,18 @@ class _Adds(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, then tell about it if it is an addition."""
         maker = self._maker(args) if func in _ADDS else None
-        branch = maker[1].clone() if maker is not None and func in (Tensor.add_, Tensor.__iadd__) else None
+        branch = maker.output.clone() if maker is not None and func in (Tensor.add_, Tensor.__iadd__) else None
         result = func(*args, **(kwargs or {}))
         if maker is not None:
-            self._seen(maker[0], maker[1] if branch is None else branch, result)
+            self._seen(maker.layer, maker.output if branch is None else branch, result)
         return result
 
-    def _maker(self, args: Any) -> tuple[str, Tensor] | None:
+    def _maker(self, args: Any) -> _Made | None:
         tensors = [arg for arg in args[:2] if isinstance(arg, Tensor)]
         if len(tensors) != 2 or tensors[0].shape != tensors[1].shape:
             return None
-        found = [self._made[id(tensor)] for tensor in tensors if id(tensor) in self._made]
-        return max(found, key=lambda made: self._layers[made[0]], default=None)
+        found = [made for tensor in tensors if (made := self._made.get(id(tensor))) and made.is_unchanged()]
+        return max(found, key=lambda made: self._layers[made.layer], default=None)
 
 
 @contextmanager
@@ -52,11 +65,11 @@ def watching_additions(model: nn.Module, layers: Mapping[str, int], seen: Seen) 
     `layers` gives each one's number of weights: where both summands are made by such layers (a projected shortcut), the
     larger one is the branch.
     """
-    made: dict[int, tuple[str, Tensor]] = {}
+    made: dict[int, _Made] = {}
 
     def maker(name: str) -> Callable[[Tensor, Tensor], None]:
         def made_by(_inputs: Tensor, output: Tensor) -> None:
-            made[id(output)] = (name, output)  # held, so that no other tensor takes its identity
+            made[id(output)] = _Made(name, output, output._version)  # held: no other tensor takes its identity
 
         return made_by
 

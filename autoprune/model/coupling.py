@@ -146,7 +146,8 @@ def _named(group: Group, modules: Mapping[str, nn.Module], order: Mapping[str, i
     for member in group.members:
         if not _is_even(member, modules[member.layer]):
             return Refused(group.root, f"its channels are not spread evenly over the groups of {member.layer}")
-    root = min(group.on("out"), key=lambda member: order[member.layer])
+    makers = group.on("out") or group.on("both")
+    root = min(makers, key=lambda member: order[member.layer])
     ascending = root.positions[:, 0].argsort()
     return Group(root.layer, group.width, tuple(Member(m.layer, m.axis, m.positions[ascending]) for m in group.members))
 

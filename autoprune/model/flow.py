@@ -39,8 +39,8 @@ def tails_of(model: nn.Module, norms: Mapping[str, str], example: Tensor) -> dic
     """
     modules = dict(model.named_modules())
     seen = calls(model, example)
-    read = {id(call.inputs) for call in seen}
-    alone = {call.name for call in seen if id(call.output) not in read}
+    read = {(id(call.inputs), call.input_version) for call in seen}
+    alone = {call.name for call in seen if (id(call.output), call.output_version) not in read}
     sizes: dict[str, int] = {}
     for name, layer in modules.items():
         if isinstance(layer, (*CONVOLUTIONS, nn.Linear)):

@@ -40,11 +40,13 @@ def watching(model: nn.Module, hooks: Mapping[str, Hook]) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of one module: its first input and its output, detached."""
+    """One call of one module: its first input and its output, with how often each had been written to in place."""
 
     name: str
     inputs: Tensor
     output: Tensor
+    input_version: int
+    output_version: int
 
 
 def calls(model: nn.Module, example: Tensor) -> tuple[Call, ...]:
@@ -52,7 +54,7 @@ def calls(model: nn.Module, example: Tensor) -> tuple[Call, ...]:
     seen: list[Call] = []
 
     def recorder(name: str) -> Hook:
-        return lambda inputs, output: seen.append(Call(name, inputs, output))
+        return lambda x, y: seen.append(Call(name, x, y, x._version, y._version))
 
     hooks = {name: recorder(name) for name, _ in model.named_modules()}
     with torch.no_grad(), watching(model, hooks):

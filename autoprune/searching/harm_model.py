@@ -14,11 +14,11 @@ from scipy.linalg import cholesky, solve_triangular
 
 from autoprune.searching.problem import Floats, Ints, Problem
 
-_UNIT_SPREAD = 0.7
+_UNIT_SPREAD = 0.35
 """How far, in shares of the common scale, one unit's weight may be from it before data say so."""
 
-_OTHER_SPREAD = 0.3
-_METHOD_SPREAD = 0.3
+_OTHER_SPREAD = 0.15
+_METHOD_SPREAD = 0.1
 _FLOOR = 1e-3
 _BLOCK = 16
 
@@ -36,10 +36,10 @@ class HarmModel:
         """Expected harm (units, options)."""
         return self._harm(self.mean)
 
-    def sample(self, rng: np.random.Generator) -> Floats:
-        """Harm (units, options) under weights drawn from the posterior (Thompson sampling)."""
+    def sample(self, rng: np.random.Generator, *, temperature: float = 1.0) -> Floats:
+        """Harm (units, options) under weights drawn from the posterior (Thompson sampling), spread by `temperature`."""
         drawn = solve_triangular(self.factor, rng.standard_normal(len(self.mean)), lower=False)
-        return self._harm(self.mean + drawn)
+        return self._harm(self.mean + temperature * drawn)
 
     def predict(self, choices: Ints) -> Floats:
         """Expected divergence of (choices, units): (choices,)."""

@@ -14,8 +14,8 @@ from optuna.trial import FrozenTrial, TrialState
 from autoprune.core.space import Choice
 from autoprune.searching.problem import Floats, Problem, as_choice, as_row
 
-STEP_FIRST = 0.4
-STEP_BOUNDS = (0.05, 1.5)
+STEP_FIRST = 0.15
+STEP_BOUNDS = (0.03, 0.6)
 _STEP_UP = 1.3
 _STEP_DOWN = 0.93  # about one success in five keeps the step (Rechenberg's rule)
 _FORGET = 0.97

@@ -32,7 +32,8 @@ _MODEL_FROM = 8  # trials before the harm model has a say
 _REFIT = 4  # new trials before it is fitted again
 _RECENT = 400  # trials it is fitted to at most: the best and the newest
 _BUCKETS = 2000  # coarser than for the priors: what rounding loses is filled up afterwards
-_CANDIDATES = 6  # neighbours among which `guided` picks
+_TEMPERATURE = 0.5  # of posterior draws: one wrong draw of many weights spoils a candidate
+_CANDIDATES = 12  # neighbours among which `guided` picks
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +205,7 @@ class BudgetSampler(BaseSampler):
 
     def _thompson(self, context: _Context) -> Proposal | None:
         model = self._model(context)
-        choice = self._solved(context, model.sample(context.rng))
+        choice = self._solved(context, model.sample(context.rng, temperature=_TEMPERATURE))
         return None if choice is None else Proposal(choice, "model")
 
     def _guided(self, context: _Context) -> Proposal | None:
