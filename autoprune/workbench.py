@@ -94,7 +94,7 @@ class Samples:
         return cls(
             calibrate=within(256e9, 256, 2048),
             gradients=within(64e9, 64, 512),
-            recalibrate=within(64e9, 64, 512),
+            recalibrate=within(32e9, 64, 256),
             probe=within(24e9, 32, 256),
             refit=within(100e9, 128, 768),
         )

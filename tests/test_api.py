@@ -21,7 +21,7 @@ from networks import IMAGE, Residual, Vgg, assert_untouched, data_of, randomised
 from torch import Tensor, nn
 
 from autoprune import api
-from autoprune.config import Config, load_config
+from autoprune.config import Config, load_config, load_run
 from autoprune.core.budget import Metric, parse_budgets
 from autoprune.core.target import Target
 from autoprune.errors import AutopruneError, BudgetError, MissedError, PolicyError
@@ -418,7 +418,8 @@ def test_a_run_goes_beside_its_configuration(tmp_path: Path, monkeypatch: pytest
 
 
 def test_resume_continues_a_finished_run(run: Run) -> None:
-    records = api.search_config(run.config, folder=run.folder, progress=Silent(), resume=run.folder / "out")
+    config, folder = load_run(run.folder / "out", {})
+    records = api.search_config(config, folder=folder, progress=Silent())
     assert len(records[0].trials) >= len(run.outcome.trials)
     assert records[0].met
 

@@ -13,7 +13,7 @@ from records import outcome, verified
 from typer.testing import CliRunner
 
 from autoprune import cli
-from autoprune.config import Config
+from autoprune.config import Config, load_config, save_run
 from autoprune.errors import BudgetError, MissedError
 from autoprune.progress import Progress
 
@@ -36,10 +36,8 @@ class Api:
         if self.error is not None:
             raise self.error
 
-    def search_config(
-        self, config: Config, *, folder: Path, progress: Progress, resume: Path | None = None
-    ) -> list[Any]:
-        self._take(config, folder=folder, resume=resume)
+    def search_config(self, config: Config, *, folder: Path, progress: Progress) -> list[Any]:
+        self._take(config, folder=folder)
         progress.phase("search", 10)
         return [outcome()]
 
@@ -84,15 +82,14 @@ def test_search_without_a_file_runs_the_demo_and_says_so(api: Api, tmp_path: Pat
     assert "met: 4.93 ms is 1.4 % under 5 ms" in output
     assert "runs/demo" in output
     assert api.config is not None
-    assert (api.config.model, api.config.search.seconds) == ("autoprune.demo.network:model", 45.0)
-    assert api.seen == {"folder": tmp_path, "resume": None}
+    assert (api.config.model, api.config.search.seconds) == ("autoprune.demo.network:model", 30.0)
+    assert api.seen == {"folder": tmp_path}
 
 
 ALL_FLAGS = """
     --model a.py:m --data a.py:d --weights w.pt --metric a.py:f --lower-is-better -b 3ms,5ms -b 2MB --max-drop 1%
     --min-accuracy 0.9 --space mine.yaml --protect a* --protect b --runtime torch --device cuda --threads 2 --batch 4
     --example 1,3,8,8 --trials 9 --seconds 3.5 --seed 7 --sampler tpe --finalists 2 --no-refit --run here
-    --resume there
 """
 
 
@@ -120,7 +117,6 @@ def test_every_flag_reaches_the_configuration(api: Api) -> None:
         },
         "run": "here",
     }
-    assert api.seen["resume"] == Path("there")
 
 
 def test_init_then_units(api: Api, tmp_path: Path) -> None:
@@ -184,11 +180,20 @@ def test_errors_are_a_line_and_a_code(api: Api, error: BaseException, code: int,
     assert result_of(run("search", "--budget", "5ms", "--json", code=code))["exit_code"] == code
 
 
-def test_the_resume_command_can_be_pasted(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_resume_command_can_be_pasted(api: Api, tmp_path: Path) -> None:
     api.error = KeyboardInterrupt()
-    monkeypatch.setattr(sys, "argv", ["autoprune", "search", "--budget", "3ms,5ms", "--resume", "old one"])
-    output = run("search", "--budget", "3ms,5ms", "--resume", "old one", code=130)
-    assert "autoprune search --budget 3ms,5ms --resume 'old one'" in output
+    output = run("search", "--budget", "3ms,5ms", "--run", "old one", code=130)
+    assert "autoprune search --resume 'old one'" in output
+
+
+def test_a_resumed_search_takes_its_own_configuration_and_the_flags(api: Api, tmp_path: Path) -> None:
+    asked = load_config(None, {"model": "a.py:m", "data": "a.py:d", "budget": ("3ms,5ms",), "search.seed": 4})
+    save_run(asked, tmp_path / "home", tmp_path / "old one")
+    run("search", "--resume", "old one", "--trials", "7")
+    assert api.config is not None
+    assert (api.config.budget, api.config.search.seed, api.config.search.trials) == (("3ms,5ms",), 4, 7)
+    assert api.seen == {"folder": tmp_path / "home"}
+    assert "is no autoprune run" in run("search", "--resume", str(tmp_path), code=2)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,9 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.storages.journal._storage import JournalOperation, JournalStorageReplayResult
 from optuna.trial import FrozenTrial, TrialState
 
+from autoprune.errors import RunError
+from autoprune.files import cause
+
 DRAFT_ID = -1
 """The id of a trial that is being put together and is not in the journal yet."""
 
@@ -59,7 +62,7 @@ class TrialJournal(JournalStorage):
             mend_tail(path)
         self._drafted: Draft | None = None
         lock = JournalFileOpenLock(str(path), grace_period=_LOCK_GRACE_S)
-        super().__init__(JournalFileBackend(str(path), lock_obj=lock))
+        super().__init__(_File(path, lock))
 
     @contextmanager
     def drafting(self) -> Iterator[Draft]:
@@ -116,6 +119,21 @@ class TrialJournal(JournalStorage):
         if not isinstance(self._replay_result, _Replay):  # the first call, from the constructor
             self._replay_result = _Replay(self._worker_id_prefix)
         super()._sync_with_backend()
+
+
+class _File(JournalFileBackend):
+    """The journal file; a write that fails says which file it was."""
+
+    def __init__(self, path: Path, lock: JournalFileOpenLock) -> None:
+        super().__init__(str(path), lock_obj=lock)
+        self._where = path
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Append. Raises RunError naming the file and the cause; what was recorded before stays."""
+        try:
+            super().append_logs(logs)
+        except OSError as error:
+            raise RunError(f"{self._where}: the trial cannot be recorded: {cause(error)}") from error
 
 
 class _Replay(JournalStorageReplayResult):

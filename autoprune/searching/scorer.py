@@ -18,11 +18,11 @@ from autoprune.core.space import Choice, Space
 from autoprune.evaluators.divergence import DivergenceKind, divergence
 from autoprune.searching.engine import Score
 
-VERSION = 1
+VERSION = 2
 """Rises when the same choice would be scored otherwise: a study goes on only where its scores mean the same."""
-STAGES = (256, 1024)
+STAGES = (128, 256, 512, 1024)
 """Samples after which a candidate may be given up; then all of them."""
-_CERTAINTY = 1.5
+_CERTAINTY = 2.0
 """Standard errors by which the paired difference must be worse."""
 
 
