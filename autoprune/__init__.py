@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from autoprune.api import Outcome, search
     from autoprune.core.policy import Policy
+    from autoprune.core.target import Target
     from autoprune.files import read_policy
+    from autoprune.pursue import Plan
 
 __version__ = "0.1.0"
-__all__ = ["Outcome", "Policy", "__version__", "read_policy", "search"]
+__all__ = ["Outcome", "Plan", "Policy", "Target", "__version__", "read_policy", "search"]
 
 _HOMES = {
     "search": "autoprune.api",
     "Outcome": "autoprune.api",
+    "Plan": "autoprune.pursue",
     "Policy": "autoprune.core.policy",
+    "Target": "autoprune.core.target",
     "read_policy": "autoprune.files",
 }
 

@@ -123,21 +123,29 @@ class JsonLines(_Shell):
 
 
 class Lines(_Shell):
-    """One line a phase, and one about every ten seconds for trials."""
+    """One line a phase, and one about every ten seconds for its steps or trials."""
 
     def __init__(self, console: Console, *, clock: Clock = time.monotonic) -> None:
         self._console = console
         self._clock = clock
         self._started = clock()
         self._last_line = clock()
+        self._phase, self._done = "", 0
+        self._steps: int | None = None
 
     def phase(self, name: str, steps: int | None = None) -> None:
         """A phase begins."""
         self._print(f"{name} ({steps} steps)" if steps else name)
         self._last_line = self._started = self._clock()
+        self._phase, self._done, self._steps = name, 0, steps
 
     def step(self, done: int = 1) -> None:
-        """Too fine for a line."""
+        """Steps are finished; a line when the last is some seconds old."""
+        self._done += done
+        now = self._clock()
+        if now - self._last_line >= LINE_EVERY_S:
+            self._last_line = now
+            self._print(f"  {self._phase} {self._done}/{self._steps or '?'}, {now - self._started:.0f} s")
 
     def trial(self, seen: TrialSeen) -> None:
         """A trial is finished; a line when the last is some seconds old, or the search is."""

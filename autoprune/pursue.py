@@ -5,6 +5,7 @@ Candidates are chosen on the selection data alone. The held-out part is looked a
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -341,7 +342,17 @@ def counted_macs(model: nn.Module, bench: Workbench) -> int:
 
 def where() -> str:
     """The machine, for the record."""
-    return f"{platform.system()} {platform.machine()}, {platform.processor() or 'unknown processor'}"
+    return f"{platform.system()} {platform.machine()}, {_processor()}, {os.cpu_count()} processors"
+
+
+def _processor() -> str:
+    """Its name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or "unknown processor")
 
 
 def check_goal(budgets: Sequence[Budget], floor: Floor) -> None:

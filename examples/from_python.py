@@ -1,10 +1,9 @@
-"""A search from Python, on the embedded demo: half of the multiply-adds, twenty trials."""
+"""A search from Python, on the embedded demo: half of the multiply-adds, twelve trials."""
 
-from autoprune.api import search
+import autoprune
 from autoprune.demo.data import data
 from autoprune.demo.network import model
-from autoprune.pursue import Plan
 
-outcome = search(model(), **data(), budget="50%macs", plan=Plan(trials=20))
-print(outcome.record.verdict)
+outcome = autoprune.search(model(), **data(), budget="50%macs", plan=autoprune.Plan(trials=12, finalists=2))
+print("met:" if outcome.met else "missed:", outcome.record.verdict)
 print(outcome.folder / "report.html")

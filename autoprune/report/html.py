@@ -44,7 +44,8 @@ def _head(outcome: OutcomeRecord) -> str:
         f'<p class="verdict {state}"><span class="badge">{state}</span> {escape(outcome.verdict)}</p>',
     ]
     if outcome.baselines and not outcome.beats_baselines:
-        parts.append('<p class="verdict missed">The search did not beat its baselines; use the better one of them.</p>')
+        told = "A baseline scored better on the held-out data; see its row, and mind ±."
+        parts.append(f'<p class="verdict missed">{told}</p>')
     return "".join([*parts, "</header>"])
 
 

@@ -38,15 +38,14 @@ def policy_view(policy: Policy) -> RenderableType:
 
 
 def outcome_view(outcome: OutcomeRecord) -> RenderableType:
-    """The result of one budget: verdict, dense against chosen against baselines, notes."""
+    """The result of one budget: verdict, dense against chosen against baselines."""
     rows = {"dense": outcome.dense, "chosen": outcome.chosen, **outcome.baselines}
     parts: list[RenderableType] = [
         _verdict(outcome.verdict, met=outcome.met),
         measured_table(rows, metric=outcome.metric),
     ]
     if outcome.baselines and not outcome.beats_baselines:
-        parts.append(Text("The search did not beat the baselines; use the better one of them.", style="yellow"))
-    parts.extend(_notes(outcome.notes))
+        parts.append(Text("A baseline scored better on the held-out data; see its row, and mind ±.", style="yellow"))
     return Group(*parts)
 
 
