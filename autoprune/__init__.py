@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from autoprune.core.policy import Policy
     from autoprune.core.target import Target
     from autoprune.files import read_policy
-    from autoprune.pursue import Plan
+    from autoprune.goal import Plan
 
 __version__ = "0.1.0"
 __all__ = ["Outcome", "Plan", "Policy", "Target", "__version__", "read_policy", "search"]
@@ -18,7 +18,7 @@ __all__ = ["Outcome", "Plan", "Policy", "Target", "__version__", "read_policy", 
 _HOMES = {
     "search": "autoprune.api",
     "Outcome": "autoprune.api",
-    "Plan": "autoprune.pursue",
+    "Plan": "autoprune.goal",
     "Policy": "autoprune.core.policy",
     "Target": "autoprune.core.target",
     "read_policy": "autoprune.files",

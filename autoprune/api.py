@@ -24,26 +24,20 @@ from autoprune.evaluators.base import Evaluator
 from autoprune.evaluators.function import Function
 from autoprune.evidence import judge, unit_records, write_down
 from autoprune.files import read_policy, write_bytes, write_policy, write_text
+from autoprune.goal import Floor, Plan, check_goal, resolve_limits
 from autoprune.loading import load_data, load_factory, load_model
 from autoprune.model.describe import macs_of
 from autoprune.progress import Progress, Silent
-from autoprune.pursue import Floor, Found, Plan, check_goal, fastest, pursue, resolve_limits
+from autoprune.pursue import Found, fastest, pursue
 from autoprune.report.html import render
+from autoprune.run_folder import usable_folder
 from autoprune.runtimes import runtime
 from autoprune.searching.samplers import check_sampler
 from autoprune.ship import write_model
 from autoprune.spaces import load_space
+from autoprune.subject import Task, in_memory, subject_of
 from autoprune.verify import Stopwatch, latency_record, params, score, size_bytes
-from autoprune.workbench import (
-    Stages,
-    Task,
-    Workbench,
-    in_memory,
-    measured_costs,
-    prepare,
-    subject_of,
-    usable_folder,
-)
+from autoprune.workbench import Stages, Workbench, measured_costs, prepare
 
 JOURNAL = "study.journal"
 

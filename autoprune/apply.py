@@ -19,7 +19,7 @@ from autoprune.evidence import KEPT, TENSOR
 from autoprune.files import read_policy
 from autoprune.model.cut import CutPlan, cut, plan_cut
 from autoprune.model.discover import Anatomy
-from autoprune.workbench import Subject
+from autoprune.subject import Subject
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from safetensors.torch import save
 
+from autoprune.contender import Contender, counted_macs, measured
 from autoprune.core.budget import Metric, shown
 from autoprune.core.outcome import OutcomeRecord, PredictionCheck, TrialRecord, UnitRecord
 from autoprune.core.policy import Evidence, Measured, ModelIdentity, Policy, TargetRecord, UnitDecision
 from autoprune.core.space import Space
 from autoprune.core.unit import Option, Unit
+from autoprune.goal import Floor
 from autoprune.profile.cost_model import CostModel
-from autoprune.pursue import Contender, Floor, Found, counted_macs, measured, where
+from autoprune.pursue import Found
+from autoprune.subject import Subject
 from autoprune.verify import latency_record, overruns, params, score, size_bytes
-from autoprune.workbench import Subject, Workbench
+from autoprune.workbench import Workbench
 
 KEPT = "kept/"
 """Prefix of the side file's tensors that hold kept channel indices."""
@@ -208,3 +214,18 @@ def _check(bench: Workbench) -> PredictionCheck | None:
         return None
     check = bench.table.check
     return PredictionCheck(models=check.models, median_error=check.median_error, worst_error=check.worst_error)
+
+
+def where() -> str:
+    """The machine, for the record."""
+    return f"{platform.system()} {platform.machine()}, {_processor()}, {os.cpu_count()} processors"
+
+
+def _processor() -> str:
+    """Its name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or "unknown processor")

@@ -5,26 +5,21 @@ Candidates are chosen on the selection data alone. The held-out part is looked a
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
-from autoprune.bank.stitch import Candidate
-from autoprune.core.budget import Budget, Limit, Metric, shown
-from autoprune.core.policy import Measured, ScoreRecord
+from autoprune.contender import Contender, misses, off_by, predicted
+from autoprune.core.budget import Budget, Limit, Metric
 from autoprune.core.space import Choice
 from autoprune.core.unit import Compensate
-from autoprune.errors import BudgetError, ConfigError
-from autoprune.model.describe import macs_of
+from autoprune.errors import BudgetError
+from autoprune.goal import Floor, Plan, resolve_limits
 from autoprune.model.fingerprint import of_text
 from autoprune.profile.clock import Timing
-from autoprune.profile.cost_model import CostModel
 from autoprune.progress import Progress
 from autoprune.recover.refit import Reference, refit
 from autoprune.searching import scorer
@@ -34,57 +29,12 @@ from autoprune.searching.problem import Problem
 from autoprune.searching.sampler import prior_starts
 from autoprune.searching.samplers import sampler_by_name
 from autoprune.searching.study import StudyRecord, open_study
-from autoprune.verify import latency_record, overruns, params, score, size_bytes
+from autoprune.verify import score
 from autoprune.workbench import Workbench
 
 ROUNDS = 3
 """How often the table is corrected and the search repeated when no finalist keeps the budget."""
 _MOST_MARGIN = 0.02
-
-
-@dataclass(frozen=True, slots=True)
-class Floor:
-    """The least metric allowed: an absolute value, or a drop from the dense model's. Neither: anything goes."""
-
-    max_drop: float | None = None
-    min_value: float | None = None
-
-    @property
-    def text(self) -> str:
-        """As the user would write it; empty when anything goes."""
-        parts = [f"max drop {100 * self.max_drop:g} points"] if self.max_drop is not None else []
-        return " + ".join(parts + ([f"at least {self.min_value:g}"] if self.min_value is not None else []))
-
-    def shortfall(self, value: float, dense: float, *, higher_is_better: bool) -> float:
-        """By how much `value` is below the floor; zero or less when it holds."""
-        worse = dense - value if higher_is_better else value - dense
-        by_drop = worse - self.max_drop if self.max_drop is not None else -1.0
-        by_value = self.min_value - value if self.min_value is not None else -1.0
-        return max(by_drop, by_value)
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How a search is run."""
-
-    trials: int = 200
-    seconds: float | None = None
-    sampler: str = "budget"
-    finalists: int = 6
-    refit: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Contender:
-    """A choice that was really cut and timed, and perhaps recovered."""
-
-    label: str
-    choice: Choice
-    candidate: Candidate
-    timing: Timing
-    predicted: Mapping[str, float]
-    divergence: float
-    recovery: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,30 +51,6 @@ class Found:
     rounds: int
 
 
-def resolve_limits(costs: CostModel, budget: Budget) -> dict[Metric, float]:
-    """The budget in each metric's own unit. Raises BudgetError where it is no limit or out of reach."""
-    limits = budget.resolve({metric: costs.dense[metric] for metric in _metrics(budget)})
-    for limit in budget.limits:
-        least, dense = costs.range(limit.metric)
-        wanted = limits[limit.metric]
-        reach = f"reachable: {shown(limit.metric, least)} to {shown(limit.metric, dense)} (the dense model)"
-        if wanted < least:
-            proposal = shown(limit.metric, min(dense, 1.05 * least)).replace(" ", "")
-            raise BudgetError(
-                f"budget {limit.text}: no policy is that cheap here; {reach}; try --budget {proposal} or 50%"
-            )
-        if wanted >= dense:
-            raise BudgetError(
-                f"budget {limit.text}: the dense model meets it already ({shown(limit.metric, dense)}); {reach}; "
-                "try --budget 50%"
-            )
-    return limits
-
-
-def _metrics(budget: Budget) -> list[Metric]:
-    return [limit.metric for limit in budget.limits]
-
-
 def pursue(
     bench: Workbench, budget: Budget, *, plan: Plan, journal: Path, progress: Progress, name: str | None = None
 ) -> Found:
@@ -137,10 +63,10 @@ def pursue(
         problem, record, finished = _search(bench, allowed, replace(plan, trials=trials), study=study,
                                             journal=journal, progress=progress)  # fmt: skip
         finalists, baselines, dense = _timed(bench, problem, record, finished, plan=plan, progress=progress)
-        keeping = [c for c in finalists if not _misses(bench, c, limits)]
+        keeping = [c for c in finalists if not misses(bench, c, limits)]
         if keeping or round_number == ROUNDS:
             break
-        off = float(np.median([_off(bench, contender) for contender in finalists]))
+        off = float(np.median([off_by(bench, contender) for contender in finalists]))
         progress.note(f"no finalist keeps the budget: latency is {off:.3f} x the prediction; the table is corrected")
         allowed = {m: v / max(off, 1.005) if m == "latency" else v for m, v in allowed.items()}
     recovered = _recovered(bench, keeping or finalists, baselines, limits, plan=plan, progress=progress)
@@ -161,7 +87,7 @@ def fastest(bench: Workbench, floor: Floor, *, plan: Plan, journal: Path, progre
         share = (low + high) / 2 if step else min(0.75, (low + high) / 2 + 0.1)
         budget = Budget((Limit("latency", share, relative=True, text=f"{100 * share:.1f}%"),))
         found = pursue(bench, budget, plan=each, journal=journal, progress=progress, name=f"floor {budget.text}")
-        kept = _keeps_floor(bench, floor, found.chosen) and not _misses(bench, found.chosen, found.limits)
+        kept = _keeps_floor(bench, floor, found.chosen) and not misses(bench, found.chosen, found.limits)
         progress.note(f"latency {budget.text}: the floor {'holds' if kept else 'does not hold'} on the selection data")
         low, high = (low, share) if kept else (share, high)
         best = found if kept else best
@@ -253,7 +179,7 @@ def _timed(
         candidates = [bench.stitcher.build(bench.space.options_of(trial.choice)) for _, trial in labelled]
         dense, timings = bench.stopwatch.compare([candidate.model for candidate in candidates])
         contenders = [
-            Contender(label, trial.choice, candidate, timing, _predicted(bench, trial.choice), trial.value)
+            Contender(label, trial.choice, candidate, timing, predicted(bench, trial.choice), trial.value)
             for (label, trial), candidate, timing in zip(labelled, candidates, timings, strict=True)
         ]
         progress.step(len(labelled))
@@ -262,29 +188,12 @@ def _timed(
     return bench.stages.timed("verify", work)
 
 
-def _predicted(bench: Workbench, choice: Choice) -> dict[str, float]:
-    metrics: list[Metric] = ["macs", "params", "size"]
-    if bench.table is not None:
-        metrics.append("latency")
-    return {metric: bench.costs.cost(metric, choice) for metric in metrics}
-
-
-def _off(bench: Workbench, contender: Contender) -> float:
-    if "latency" not in contender.predicted:
-        return 1.0
-    return contender.timing.ratio / (contender.predicted["latency"] / bench.costs.dense["latency"])
-
-
-def _misses(bench: Workbench, contender: Contender, limits: Mapping[Metric, float]) -> bool:
-    return bool(overruns(measured(bench, contender), limits))
-
-
 def _recovered(
     bench: Workbench, finalists: Sequence[Contender], baselines: Sequence[Contender], limits: Mapping[Metric, float],
     *, plan: Plan, progress: Progress,
 ) -> list[Contender]:  # fmt: skip
     """Finalists, and the best baseline that keeps the budget, refitted and scored again on all selection data."""
-    standing = [contender for contender in baselines if not _misses(bench, contender, limits)]
+    standing = [contender for contender in baselines if not misses(bench, contender, limits)]
     best = min(standing, key=lambda contender: contender.divergence, default=None)
     racing = list(finalists)
     if best is not None and all(best.choice != contender.choice for contender in finalists):
@@ -309,53 +218,3 @@ def _mended(bench: Workbench, contender: Contender, reference: Reference) -> Con
     if not divergence < contender.divergence:
         return contender
     return replace(contender, candidate=candidate, divergence=divergence, recovery=f"refit of {layers} layers")
-
-
-def measured(bench: Workbench, contender: Contender, held_out: ScoreRecord | None = None) -> Measured:
-    """A contender's numbers: latency from paired ratios and the dense reference, counts from the cut model itself."""
-    model = contender.candidate.model
-    predicted = contender.predicted.get("latency")
-    return Measured(
-        latency_ms=latency_record(contender.timing, reference_s=reference_latency(bench, contender.timing)),
-        ratio=round(contender.timing.ratio, 5),
-        predicted_ms=None if predicted is None else round(1e3 * predicted, 4),
-        score=held_out,
-        divergence=contender.divergence,
-        macs=counted_macs(model, bench),
-        params=params(model),
-        size_bytes=size_bytes(model),
-        recovery=contender.recovery,
-    )
-
-
-def reference_latency(bench: Workbench, timing: Timing) -> float:
-    """The dense latency that ratios are multiplied with: the table's, or what this timing saw of the dense model."""
-    if bench.table is not None:
-        return bench.table.dense_s
-    return float(np.median([second / ratio for second, ratio in zip(timing.seconds, timing.ratios, strict=True)]))
-
-
-def counted_macs(model: nn.Module, bench: Workbench) -> int:
-    """Multiply-adds of one sample, counted on the model as it is."""
-    return macs_of(model, bench.subject.task.data.validation_inputs[:1])
-
-
-def where() -> str:
-    """The machine, for the record."""
-    return f"{platform.system()} {platform.machine()}, {_processor()}, {os.cpu_count()} processors"
-
-
-def _processor() -> str:
-    """Its name, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or "unknown processor")
-
-
-def check_goal(budgets: Sequence[Budget], floor: Floor) -> None:
-    """Raises ConfigError when neither a budget nor a floor was given."""
-    if not floor.text and all(not budget.limits for budget in budgets):
-        raise ConfigError("give a budget (--budget 5ms) or an accuracy floor (--max-drop 1%), or both")

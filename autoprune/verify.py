@@ -33,7 +33,7 @@ class Stopwatch:
     target: Target
     example: Tensor
     dense: Session
-    seconds_each: float = 4.0
+    seconds_each: float = 2.0
     rounds: int = 60
 
     @classmethod

@@ -6,7 +6,6 @@ Knows nothing of budgets.
 
 from __future__ import annotations
 
-import copy
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,16 +25,10 @@ from autoprune.bank.depth import observe_runs
 from autoprune.bank.stitch import Stitcher, shape_only
 from autoprune.core.cost import LatencyTable
 from autoprune.core.space import Choice, Space
-from autoprune.core.target import Target
-from autoprune.data import Data, Split, check_fits, split
-from autoprune.errors import RunError
-from autoprune.evaluators.base import Evaluator
 from autoprune.evaluators.divergence import DivergenceKind
-from autoprune.files import cause, write_text
+from autoprune.files import write_text
 from autoprune.methods import method
-from autoprune.model.describe import macs_of
-from autoprune.model.discover import Anatomy, discover
-from autoprune.model.fingerprint import of_tensors, of_text, structure_fingerprint, weights_fingerprint
+from autoprune.model.fingerprint import of_tensors, of_text
 from autoprune.model.flow import norms_after
 from autoprune.model.recalibrate import Anchor
 from autoprune.profile.cost_model import CostModel
@@ -45,59 +38,11 @@ from autoprune.recover.refit import Reference
 from autoprune.runtimes import runtime
 from autoprune.searching.measured_prior import one_at_a_time
 from autoprune.searching.scorer import Scorer, Selection
-from autoprune.spaces import SpaceSpec, resolve
+from autoprune.spaces import resolve
+from autoprune.subject import BATCH, Subject, batches_of
 from autoprune.verify import Stopwatch
 
 Result = TypeVar("Result")
-
-BATCH = 128
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What a person brings: a trained model, data, a metric, a target, and what may be done."""
-
-    model: nn.Module
-    name: str
-    data: Data
-    evaluator: Evaluator
-    target: Target
-    spec: SpaceSpec
-    example_shape: tuple[int, ...] | None = None
-    """Shape of one sample on the target, without the batch; None: the data's."""
-    seed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Samples:
-    """How many samples each step looks at. Set by the model's MACs, so that a step costs alike for all models and the
-    same model is always treated alike; a model of up to 125 MMACs gets the most.
-    """
-
-    calibrate: int
-    """Moments and final refits."""
-    gradients: int
-    recalibrate: int
-    """Batch norms of every candidate."""
-    probe: int
-    """One unit changed alone."""
-    refit: int
-    """Finalists, before one of them is chosen."""
-
-    @classmethod
-    def of(cls, macs: int) -> Samples:
-        """For a model of so many multiply-adds a sample."""
-
-        def within(total: float, least: int, most: int) -> int:
-            return int(min(most, max(least, total / max(macs, 1))))
-
-        return cls(
-            calibrate=within(256e9, 256, 2048),
-            gradients=within(64e9, 64, 512),
-            recalibrate=within(32e9, 64, 256),
-            probe=within(24e9, 32, 256),
-            refit=within(100e9, 128, 768),
-        )
 
 
 @dataclass(slots=True)
@@ -113,23 +58,6 @@ class Stages:
             return work()
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """The model as the search sees it: a private copy, its units, its data in batches, what it is."""
-
-    task: Task
-    model: nn.Module
-    anatomy: Anatomy
-    parts: Split
-    example: Tensor
-    """One batch of the target's shape."""
-    samples: Samples
-    layout: torch.memory_format
-    """How activations lie in memory: channels last where the model takes that."""
-    fingerprint: str
-    structure: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,56 +79,6 @@ class Workbench:
     """Refits the chosen one, on all calibration data."""
     stopwatch: Stopwatch
     stages: Stages
-
-
-def subject_of(task: Task, progress: Progress) -> Subject:
-    """Copy the model, discover its units and split the data. The user's model is not written, here or later."""
-    progress.phase("discover")
-    model = copy.deepcopy(task.model).eval()
-    check_fits(model, task.data)
-    layout = _layout(model, task.data.validation_inputs[:1])
-    in_memory(model, layout)
-    parts = split(task.data)
-    if parts.note:
-        progress.note(parts.note)
-    anatomy = discover(
-        model,
-        task.data.validation_inputs[:2],
-        protect=task.spec.protect,
-        channels=task.spec.channels,
-        blocks=task.spec.blocks,
-    )
-    for refused in anatomy.refused:
-        progress.note(f"kept whole: {refused.root} ({refused.reason})")
-    shape = task.example_shape or tuple(task.data.validation_inputs.shape[1:])
-    example = torch.randn(task.target.batch, *shape, generator=torch.Generator().manual_seed(0))
-    if shape == tuple(task.data.validation_inputs.shape[1:]):
-        example = task.data.validation_inputs[:1].expand(task.target.batch, *shape).contiguous()
-    return Subject(
-        task, model, anatomy, parts, example, Samples.of(macs_of(model, task.data.validation_inputs[:1])), layout,
-        weights_fingerprint(task.model), structure_fingerprint(task.model),
-    )  # fmt: skip
-
-
-def _layout(model: nn.Module, sample: Tensor) -> torch.memory_format:
-    """Channels last is a third faster on CPUs, with the same numbers; a `view` in the model may not take it."""
-    if sample.ndim != 4:
-        return torch.contiguous_format
-    trial = copy.deepcopy(model)
-    in_memory(trial, torch.channels_last)
-    try:
-        with torch.no_grad():
-            trial(sample.contiguous(memory_format=torch.channels_last))
-    except RuntimeError:
-        return torch.contiguous_format
-    return torch.channels_last
-
-
-def in_memory(model: nn.Module, memory_format: torch.memory_format) -> None:
-    """Lay the weights of every 2-d convolution of `model` (our own copy) out so, in place."""
-    for parameter in model.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=memory_format)
 
 
 def measured_costs(
@@ -236,7 +114,7 @@ def _table(subject: Subject, folder: Path, progress: Progress) -> LatencyTable:
         else:
             if table.key == key:
                 progress.note(f"reused the latency table ({table.fitted_models} models, {path.name})")
-                return table
+                return table.model_copy(update={"dense_s": _dense_latency(subject)})
 
     def build(choice: Choice) -> nn.Module:
         return shape_only(subject.model, subject.anatomy, space.options_of(choice))
@@ -247,6 +125,12 @@ def _table(subject: Subject, folder: Path, progress: Progress) -> LatencyTable:
     return table
 
 
+def _dense_latency(subject: Subject) -> float:
+    """Seconds the dense model takes today; a reused table knows shares alone."""
+    engine = runtime(subject.task.target.runtime)
+    return Stopwatch.of(subject.model, engine, subject.task.target, example=subject.example).compare([])[0].median
+
+
 def prepare(
     subject: Subject, space: Space, costs: CostModel, table: LatencyTable | None, *, folder: Path, stages: Stages,
     progress: Progress,
@@ -254,12 +138,12 @@ def prepare(
     """Calibrate, rank, estimate harm: the rest of what every budget shares."""
     task, model = subject.task, subject.model
     samples = subject.samples
-    batches = _batches(subject, task.data.calibration_inputs[: samples.calibrate])
+    batches = batches_of(subject, task.data.calibration_inputs[: samples.calibrate])
     kind: DivergenceKind = "mse" if task.data.validation_targets.is_floating_point() else "kl"
     bank, key = stages.timed("bank", lambda: _bank(subject, batches, folder, progress))
-    anchor = Anchor.of(model, _batches(subject, task.data.calibration_inputs[: samples.recalibrate]))
+    anchor = Anchor.of(model, batches_of(subject, task.data.calibration_inputs[: samples.recalibrate]))
     stitcher = Stitcher(model, subject.anatomy, bank, anchor=anchor)
-    selection = Selection.of(model, _batches(subject, subject.parts.selection.inputs), kind)
+    selection = Selection.of(model, batches_of(subject, subject.parts.selection.inputs), kind)
     space = _ranked_only(space, bank, progress)
     costs = CostModel(subject.anatomy.architecture, space, table)
     priors = stages.timed(
@@ -269,14 +153,10 @@ def prepare(
     engine = runtime(task.target.runtime)
     return Workbench(
         subject, space, costs, table, bank, priors, stitcher, selection, Scorer(stitcher, space, selection),
-        Reference.of(model, _batches(subject, task.data.calibration_inputs[: samples.refit]), blocks=blocks),
+        Reference.of(model, batches_of(subject, task.data.calibration_inputs[: samples.refit]), blocks=blocks),
         Reference.of(model, batches, blocks=blocks),
         Stopwatch.of(model, engine, task.target, example=subject.example), stages,
     )  # fmt: skip
-
-
-def _batches(subject: Subject, inputs: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(inputs.contiguous(memory_format=subject.layout), BATCH)
 
 
 def _bank(subject: Subject, batches: tuple[Tensor, ...], folder: Path, progress: Progress) -> tuple[Bank, str]:
@@ -295,7 +175,7 @@ def _bank(subject: Subject, batches: tuple[Tensor, ...], folder: Path, progress:
         return store.unpack(tensors, norms), key
     targets = _classes(subject, batches)
     progress.phase("depth")
-    few = _batches(subject, task.data.calibration_inputs[: samples.refit])
+    few = batches_of(subject, task.data.calibration_inputs[: samples.refit])
     runs = observe_runs(
         subject.model,
         subject.anatomy.blocks,
@@ -360,30 +240,13 @@ def _priors(
         return {name: [stored[f"{name}/{unit}"].numpy() for unit in range(len(space.entries))] for name in names}
     local = local_harms(space, bank, subject.model, anatomy=subject.anatomy)
     count = subject.samples.probe
-    few = Selection(_batches(subject, subject.parts.selection.inputs[:count]), selection.dense[:count], selection.kind)
-    small = Anchor.of(subject.model, _batches(subject, subject.task.data.calibration_inputs[:count]))
+    few = Selection(
+        batches_of(subject, subject.parts.selection.inputs[:count]), selection.dense[:count], selection.kind
+    )
+    small = Anchor.of(subject.model, batches_of(subject, subject.task.data.calibration_inputs[:count]))
     probe = Stitcher(subject.model, subject.anatomy, bank, anchor=small)
     measured = one_at_a_time(space, probe, few, shape=local["reconstruction"], progress=progress)
     priors: dict[str, Harms] = {**local, "one_at_a_time": measured}
     tensors = {f"{name}/{unit}": torch.from_numpy(row) for name in names for unit, row in enumerate(priors[name])}
     store.save_tensors(path, tensors, {"key": key})
     return priors
-
-
-def usable_folder(folder: Path) -> Path:
-    """`folder`, made and writable. Raises RunError otherwise."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{folder}: the run folder cannot be made: {cause(error)}") from None
-    write_text(folder / "README.txt", _README)
-    return folder
-
-
-_README = """An autoprune run.
-
-bank/           what calibration saw; reused by every budget as long as weights, data and methods are the same
-tables/         measured latencies, by target
-study.journal   every trial (open with: optuna-dashboard study.journal)
-BUDGET/         one folder a budget: policy.yaml, policy.safetensors, outcome.json, report.html
-"""

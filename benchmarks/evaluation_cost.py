@@ -24,7 +24,8 @@ from autoprune.evaluators import evaluator
 from autoprune.progress import Silent
 from autoprune.searching.scorer import Scorer
 from autoprune.spaces import load_space
-from autoprune.workbench import Stages, Task, Workbench, measured_costs, prepare, subject_of
+from autoprune.subject import Task, subject_of
+from autoprune.workbench import Stages, Workbench, measured_costs, prepare
 
 
 def main() -> None:

@@ -23,8 +23,9 @@ from autoprune.profile.draw import draw
 from autoprune.progress import Silent
 from autoprune.runtimes import runtime
 from autoprune.spaces import load_space
+from autoprune.subject import Task, subject_of
 from autoprune.verify import Stopwatch
-from autoprune.workbench import Stages, Task, measured_costs, subject_of
+from autoprune.workbench import Stages, measured_costs
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ from own_model.model import data, model
 from torch import Tensor
 
 from autoprune.api import search
+from autoprune.goal import Plan
 from autoprune.methods.base import Need, UnitView, order_by
-from autoprune.pursue import Plan
 
 
 class Outgoing:

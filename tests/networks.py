@@ -19,7 +19,8 @@ from autoprune.model.coupling import CONVOLUTIONS, NORMS
 from autoprune.model.discover import Anatomy
 from autoprune.progress import Silent
 from autoprune.spaces import load_space
-from autoprune.workbench import Stages, Task, Workbench, measured_costs, prepare, subject_of
+from autoprune.subject import Task, subject_of
+from autoprune.workbench import Stages, Workbench, measured_costs, prepare
 
 SIDE = 8
 

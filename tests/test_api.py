@@ -26,9 +26,10 @@ from autoprune.core.budget import Metric, parse_budgets
 from autoprune.core.target import Target
 from autoprune.errors import AutopruneError, BudgetError, MissedError, PolicyError
 from autoprune.files import read_policy, write_policy
+from autoprune.goal import Plan
 from autoprune.loading import load_factory
+from autoprune.model.describe import macs_of
 from autoprune.progress import Silent
-from autoprune.pursue import Plan, macs_of
 from autoprune.verify import Stopwatch, params, size_bytes
 
 torch.set_num_threads(1)

@@ -67,7 +67,7 @@ def test_paths_of_the_command_line_are_relative_to_the_working_folder(
 
 def test_demo() -> None:
     config = demo_config({"budget": ["50%"]})
-    assert (config.model, config.search.seconds, config.run) == (DEMO_MODEL, 30.0, "runs/demo")
+    assert (config.model, config.search.seconds, config.run) == (DEMO_MODEL, 20.0, "runs/demo")
     assert demo_config({"budget": ["50%"], "search.trials": 5}).search.seconds is None
 
 

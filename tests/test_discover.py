@@ -21,10 +21,9 @@ from autoprune.core.space import Space, UnitOptions
 from autoprune.core.unit import DROP, Option, keep_all
 from autoprune.errors import ConfigError, ModelError
 from autoprune.model.cut import cut, plan_cut
-from autoprune.model.describe import describe
+from autoprune.model.describe import describe, macs_of
 from autoprune.model.discover import Anatomy, discover
 from autoprune.profile.cost_model import CostModel
-from autoprune.pursue import macs_of
 from autoprune.verify import params, size_bytes
 
 torch.set_num_threads(1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import autoprune
-from autoprune.pursue import Plan
+from autoprune.goal import Plan
 
 DATA = Path(os.environ.get("AUTOPRUNE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 pytestmark = [

@@ -34,6 +34,7 @@ class Stitcher:
         self.model = model
         self.anatomy = anatomy
         self.anchor = anchor
+        self.norms = bank.norms
         self._bank = bank
         self._mender = Mender(model, bank.statistics, norms=bank.norms)
 

@@ -25,11 +25,12 @@ from autoprune.profile.widths import Array, Choices, WidthMap
 from autoprune.progress import Progress
 from autoprune.runtimes.base import Runtime, Session
 
-FEWEST_MODELS, MOST_MODELS = 24, 64
+FEWEST_MODELS, MOST_MODELS = 24, 52
 CHUNK = 6
 """Sessions alive at once, the dense one among them."""
 _ROUNDS = 20
-_SECONDS_A_CHUNK = 2.5
+_SECONDS_A_CHUNK, _SECONDS = 2.5, 20.0
+"""Timing at most, of a chunk and of all: a slow model is timed less often."""
 _FUSED: tuple[LayerKind, ...] = ("norm", "other")  # part of their neighbours' time
 
 
@@ -111,12 +112,12 @@ def _measure(choices: Sequence[Choice], dense: Choice, bench: Bench, progress: P
     reference = _load(dense, bench)
     shares: list[float] = []
     dense_s: list[float] = []
-    for start in range(0, max(len(choices), 1), CHUNK - 1):
+    starts = range(0, max(len(choices), 1), CHUNK - 1)
+    each = min(_SECONDS_A_CHUNK, _SECONDS / len(starts))
+    for start in starts:
         chunk = choices[start : start + CHUNK - 1]
         sessions = [reference, *(_load(choice, bench) for choice in chunk)]
-        first, *others = interleave(
-            sessions, rounds=_ROUNDS, seconds_budget=_SECONDS_A_CHUNK, seed=seed + start, now=bench.now
-        )
+        first, *others = interleave(sessions, rounds=_ROUNDS, seconds_budget=each, seed=seed + start, now=bench.now)
         dense_s.append(first.median)
         shares.extend(timing.ratio for timing in others)
         progress.step(len(chunk))

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from autoprune.bank.stitch import Candidate, Stitcher
 from autoprune.core.space import Choice, Space
 from autoprune.evaluators.divergence import DivergenceKind, divergence
+from autoprune.model.fold import fold_norms
 from autoprune.searching.engine import Score
 
-VERSION = 2
+VERSION = 3
 """Rises when the same choice would be scored otherwise: a study goes on only where its scores mean the same."""
-STAGES = (128, 256, 512, 1024)
-"""Samples after which a candidate may be given up; then all of them."""
-_CERTAINTY = 2.0
-"""Standard errors by which the paired difference must be worse."""
+STAGES = ((128, 2.5), (256, 2.0), (512, 1.5), (1024, 1.0))
+"""Samples after which a candidate may be given up, and by how many standard errors the paired difference must be worse
+for that. After the last stage all samples are used.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ class Scorer:
         if choice in self._known:
             return self._known[choice]
         candidate = self._stitcher.build(self._space.options_of(choice))
+        fold_norms(candidate.model, self._stitcher.norms)  # ours alone, and thrown away after
         seen, complete = self._observe(candidate, compare=best is not None)
         value = float(seen.mean())
         score = Score(value, len(seen), pruned=not complete, attrs={"stderr": float(seen.std() / math.sqrt(len(seen)))})
@@ -82,20 +84,20 @@ class Scorer:
     def _observe(self, candidate: Candidate, *, compare: bool) -> tuple[Tensor, bool]:
         """Divergences of the samples looked at, and whether that was all."""
         outputs: list[Tensor] = []
-        stages = [stage for stage in STAGES if compare and self._best is not None]
+        stages = list(STAGES) if compare and self._best is not None else []
         done = 0
         for batch in self._selection.batches:
             outputs.append(outputs_of(candidate.model, [batch]))
             done += len(batch)
-            if stages and done >= stages[0] and done < len(self._selection.dense):
-                stages.pop(0)
+            if stages and stages[0][0] <= done < len(self._selection.dense):
+                _, certainty = stages.pop(0)
                 seen = divergence(self._selection.dense[:done], torch.cat(outputs), self._selection.kind)
-                if self._clearly_worse(seen):
+                if self._clearly_worse(seen, certainty):
                     return seen, False
         return divergence(self._selection.dense, torch.cat(outputs), self._selection.kind), True
 
-    def _clearly_worse(self, seen: Tensor) -> bool:
+    def _clearly_worse(self, seen: Tensor, certainty: float) -> bool:
         assert self._best is not None
         difference = seen - self._best[: len(seen)]
         spread = float(difference.std()) / math.sqrt(len(seen))
-        return not float(difference.mean()) <= _CERTAINTY * spread  # NaN and infinity are worse, too
+        return not float(difference.mean()) <= certainty * spread  # NaN and infinity are worse, too

@@ -1,0 +1,72 @@
+"""What a search is to reach and how long it may take: limits, accuracy floor, plan. Nothing is measured here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from autoprune.core.budget import Budget, Metric, shown
+from autoprune.errors import BudgetError, ConfigError
+from autoprune.profile.cost_model import CostModel
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """The least metric allowed: an absolute value, or a drop from the dense model's. Neither: anything goes."""
+
+    max_drop: float | None = None
+    min_value: float | None = None
+
+    @property
+    def text(self) -> str:
+        """As the user would write it; empty when anything goes."""
+        parts = [f"max drop {100 * self.max_drop:g} points"] if self.max_drop is not None else []
+        return " + ".join(parts + ([f"at least {self.min_value:g}"] if self.min_value is not None else []))
+
+    def shortfall(self, value: float, dense: float, *, higher_is_better: bool) -> float:
+        """By how much `value` is below the floor; zero or less when it holds."""
+        worse = dense - value if higher_is_better else value - dense
+        by_drop = worse - self.max_drop if self.max_drop is not None else -1.0
+        by_value = self.min_value - value if self.min_value is not None else -1.0
+        return max(by_drop, by_value)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a search is run."""
+
+    trials: int = 200
+    seconds: float | None = None
+    sampler: str = "budget"
+    finalists: int = 6
+    refit: bool = True
+
+
+def resolve_limits(costs: CostModel, budget: Budget) -> dict[Metric, float]:
+    """The budget in each metric's own unit. Raises BudgetError where it is no limit or out of reach."""
+    limits = budget.resolve({metric: costs.dense[metric] for metric in _metrics(budget)})
+    for limit in budget.limits:
+        least, dense = costs.range(limit.metric)
+        wanted = limits[limit.metric]
+        reach = f"reachable: {shown(limit.metric, least)} to {shown(limit.metric, dense)} (the dense model)"
+        if wanted < least:
+            proposal = shown(limit.metric, min(dense, 1.05 * least)).replace(" ", "")
+            raise BudgetError(
+                f"budget {limit.text}: no policy is that cheap here; {reach}; try --budget {proposal} or 50%"
+            )
+        if wanted >= dense:
+            raise BudgetError(
+                f"budget {limit.text}: the dense model meets it already ({shown(limit.metric, dense)}); {reach}; "
+                "try --budget 50%"
+            )
+    return limits
+
+
+def _metrics(budget: Budget) -> list[Metric]:
+    return [limit.metric for limit in budget.limits]
+
+
+def check_goal(budgets: Sequence[Budget], floor: Floor) -> None:
+    """Raises ConfigError when neither a budget nor a floor was given."""
+    if not floor.text and all(not budget.limits for budget in budgets):
+        raise ConfigError("give a budget (--budget 5ms) or an accuracy floor (--max-drop 1%), or both")
