@@ -14,8 +14,14 @@ from autoprune.searching.problem import Bools, Floats, Ints, Problem, as_choice
 _METHOD_SHARE = 0.4
 """How much a method's taste at a unit varies, beside the unit's own weight."""
 
-_LEVELS = 3
+_LEVELS = 2
 """A swap moves a unit at most this many widths."""
+
+_BLOCK_SHARE = 0.3
+"""How often a block changes, beside a unit of channels: a block is a large step."""
+
+_NEAR = 3.0
+"""A method comes in question for a swap up to this many times the harm of the best one at that width."""
 
 
 def perturb(
@@ -43,7 +49,7 @@ def swap(
     tables: Tables,
     rng: np.random.Generator,
     size: int = 0,
-    noise: float = 0.7,
+    noise: float = 0.3,
 ) -> Choice | None:
     """A neighbour of a fitting `choice` that fits too, or None when this change cannot be paid for.
 
@@ -55,8 +61,9 @@ def swap(
     alive = np.flatnonzero(~problem.structure.moot(row[None])[0] & (problem.structure.sizes > 1))
     if not len(alive):
         return None
-    count = size or int(rng.integers(1, 4))
-    changed = rng.choice(alive, size=min(count, len(alive)), replace=False)
+    count = min(size or int(rng.choice([1, 2, 3], p=[0.6, 0.25, 0.15])), len(alive))
+    often = np.where(problem.structure.drop_index[alive] >= 0, _BLOCK_SHARE, 1.0)
+    changed = rng.choice(alive, size=count, replace=False, p=often / often.sum())
     for unit in changed:
         row[unit] = _other_option(problem, int(unit), int(row[unit]), harm=harm, rng=rng)
     row = problem.structure.normal(row[None])[0]
@@ -76,6 +83,7 @@ def _other_option(problem: Problem, unit: int, option: int, *, harm: Floats, rng
     keeps: Ints = structure.keeps[unit, :size]
     same = np.flatnonzero((keeps == keeps[option]) & (np.arange(size) != option))
     widths = np.unique(keeps)
+    same = same[harm[unit, same] <= _NEAR * harm[unit, option]]
     if len(same) and (len(widths) == 1 or rng.random() < 0.25):
         return int(rng.choice(same))
     position = int(np.searchsorted(widths, keeps[option]))
@@ -84,5 +92,6 @@ def _other_option(problem: Problem, unit: int, option: int, *, harm: Floats, rng
         target = position + 1 if position == 0 else position - 1
     there = np.flatnonzero(keeps == widths[target])
     if rng.random() < 0.25:
-        return int(rng.choice(there))
+        near = there[harm[unit, there] <= _NEAR * harm[unit, there].min()]
+        return int(rng.choice(near))
     return int(there[harm[unit, there].argmin()])

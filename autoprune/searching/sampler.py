@@ -33,7 +33,7 @@ _REFIT = 4  # new trials before it is fitted again
 _RECENT = 400  # trials it is fitted to at most: the best and the newest
 _BUCKETS = 2000  # coarser than for the priors: what rounding loses is filled up afterwards
 _TEMPERATURE = 0.5  # of posterior draws: one wrong draw of many weights spoils a candidate
-_CANDIDATES = 12  # neighbours among which `guided` picks
+_CANDIDATES = 20  # neighbours among which `guided` picks
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +176,7 @@ class BudgetSampler(BaseSampler):
             credit = history.credits.get(move)
             chances.append(1.0 if credit is None else (credit.wins + 1.0) / (credit.tries + 4.0) * 4.0)
         shares = np.array(chances) / sum(chances)
-        shares = 0.6 * shares + 0.4 / len(allowed)
+        shares = 0.8 * shares + 0.2 / len(allowed)
         return str(context.rng.choice(allowed, p=shares))
 
     def _possible(self, move: str, history: History) -> bool:
