@@ -34,7 +34,7 @@ from autoprune.workbench import Workbench
 
 ROUNDS = 3
 """How often the table is corrected and the search repeated when no finalist keeps the budget."""
-_MOST_MARGIN = 0.02
+_MOST_MARGIN = 0.03
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,8 @@ def pursue(
             break
         off = float(np.median([off_by(bench, contender) for contender in finalists]))
         progress.note(f"no finalist keeps the budget: latency is {off:.3f} x the prediction; the table is corrected")
-        allowed = {m: v / max(off, 1.005) if m == "latency" else v for m, v in allowed.items()}
+        tighter = limits.get("latency", 0.0) / max(off, 1.005)
+        allowed = {metric: min(value, tighter) if metric == "latency" else value for metric, value in allowed.items()}
     recovered = _recovered(bench, keeping or finalists, baselines, limits, plan=plan, progress=progress)
     chosen = min(recovered, key=lambda contender: contender.divergence)
     chosen = bench.stages.timed("recover", lambda: _mended(bench, chosen, bench.thorough)) if plan.refit else chosen
@@ -105,7 +106,7 @@ def _keeps_floor(bench: Workbench, floor: Floor, contender: Contender) -> bool:
 
 def _with_margin(bench: Workbench, limits: Mapping[Metric, float]) -> dict[Metric, float]:
     """Limits for predictions: latency is aimed at a little below, by what the table's check says of its error."""
-    error = min(bench.table.check.median_error, _MOST_MARGIN) if bench.table is not None else 0.0
+    error = min(1.5 * bench.table.check.median_error, _MOST_MARGIN) if bench.table is not None else 0.0
     return {metric: limit * (1 - error) if metric == "latency" else limit for metric, limit in limits.items()}
 
 

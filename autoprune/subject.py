@@ -50,6 +50,8 @@ class Samples:
     """One unit changed alone."""
     refit: int
     """Finalists, before one of them is chosen."""
+    patches: int
+    """Input columns of each layer, over all samples."""
 
     @classmethod
     def of(cls, macs: int) -> Samples:
@@ -64,6 +66,7 @@ class Samples:
             recalibrate=within(32e9, 64, 256),
             probe=within(24e9, 24, 256),
             refit=within(64e9, 64, 512),
+            patches=within(4.1e12, 8192, 32768),
         )
 
 

@@ -34,7 +34,7 @@ from autoprune.model.recalibrate import Anchor
 from autoprune.profile.cost_model import CostModel
 from autoprune.profile.latency import Bench, measure_table
 from autoprune.progress import Progress
-from autoprune.recover.refit import Reference
+from autoprune.recover.refit import Reference, RefitSettings
 from autoprune.runtimes import runtime
 from autoprune.searching.measured_prior import one_at_a_time
 from autoprune.searching.scorer import Scorer, Selection
@@ -150,11 +150,13 @@ def prepare(
         "priors", lambda: _priors(subject, space, bank, selection, folder=folder, key=key, progress=progress)
     )
     blocks = subject.anatomy.blocks
+    fine = RefitSettings(patches=samples.patches * 3 // 2)
+    few = batches_of(subject, task.data.calibration_inputs[: samples.refit])
     engine = runtime(task.target.runtime)
     return Workbench(
         subject, space, costs, table, bank, priors, stitcher, selection, Scorer(stitcher, space, selection),
-        Reference.of(model, batches_of(subject, task.data.calibration_inputs[: samples.refit]), blocks=blocks),
-        Reference.of(model, batches, blocks=blocks),
+        Reference.of(model, few, blocks=blocks, settings=fine),
+        Reference.of(model, batches, blocks=blocks, settings=fine),
         Stopwatch.of(model, engine, task.target, example=subject.example), stages,
     )  # fmt: skip
 
@@ -162,7 +164,7 @@ def prepare(
 def _bank(subject: Subject, batches: tuple[Tensor, ...], folder: Path, progress: Progress) -> tuple[Bank, str]:
     """The bank, read from the run folder when it was made from the same weights, data and methods."""
     task, samples = subject.task, subject.samples
-    settings = CalibrationSettings(gradient_samples=samples.gradients, seed=task.seed)
+    settings = CalibrationSettings(patches=samples.patches, gradient_samples=samples.gradients, seed=task.seed)
     names = sorted({choice.method for choice in task.spec.methods})
     versions = [(name, method(name).version) for name in names]
     data = of_tensors([("x", task.data.calibration_inputs), ("y", task.data.calibration_targets)])

@@ -41,7 +41,7 @@ def test_data_has_the_promised_shapes_and_mixed_classes() -> None:
     parts = data()
     assert {part: len(labels) for part, (_, labels) in parts.items()} == {"calibration": 1078, "validation": 719}
     for inputs, labels in parts.values():
-        assert inputs.shape == (len(labels), 1, 72, 72)
+        assert inputs.shape == (len(labels), 1, 60, 60)
         assert (inputs.dtype, labels.dtype) == (torch.float32, torch.int64)
         assert set(labels[:64].tolist()) == set(range(10))
     inputs, _ = parts["calibration"]

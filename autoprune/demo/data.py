@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 DIGITS_PATH: Final = Path(__file__).with_name("digits.safetensors")
-IMAGE_SIZE: Final = 72
-"""Height and width in pixels of the network's input: nine times the digits' own, so that a forward takes some time."""
+IMAGE_SIZE: Final = 60
+"""Height and width in pixels of the network's input: many times the digits' own, so that a forward takes some time."""
 
 PIXEL_MAX: Final = 16.0
 PIXEL_MEAN: Final = 0.305
@@ -43,7 +43,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def data() -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the parts "calibration" and "validation", each inputs (N, 1, 72, 72) float32 and labels (N,) int64.
+    """Return the parts "calibration" and "validation", each inputs (N, 1, 60, 60) float32 and labels (N,) int64.
 
     The network was trained on the calibration part and never saw the validation part. Both are in shuffled order.
     """
