@@ -57,23 +57,50 @@ def pursue(
     """Search within `budget`, correct the table where reality differs, recover the finalists and choose one."""
     limits = resolve_limits(bench.costs, budget)
     allowed = _with_margin(bench, limits)
-    for round_number in range(1, ROUNDS + 1):
-        trials = plan.trials if round_number == 1 else max(20, plan.trials // 4)
-        study = f"{name or budget.text}{'' if round_number == 1 else f' round {round_number}'}"
-        problem, record, finished = _search(bench, allowed, replace(plan, trials=trials), study=study,
-                                            journal=journal, progress=progress)  # fmt: skip
-        finalists, baselines, dense = _timed(bench, problem, record, finished, plan=plan, progress=progress)
-        keeping = [c for c in finalists if not misses(bench, c, limits)]
-        if keeping or round_number == ROUNDS:
-            break
-        off = float(np.median([off_by(bench, contender) for contender in finalists]))
+    study = name or budget.text
+    attempt = _attempt(bench, allowed, limits, plan, study=study, journal=journal, progress=progress)
+    rounds = 1
+    while not attempt.keeping and rounds < ROUNDS:
+        off = float(np.median([off_by(bench, contender) for contender in attempt.finalists]))
         progress.note(f"no finalist keeps the budget: latency is {off:.3f} x the prediction; the table is corrected")
         tighter = limits.get("latency", 0.0) / max(off, 1.005)
         allowed = {metric: min(value, tighter) if metric == "latency" else value for metric, value in allowed.items()}
+        fewer = replace(plan, trials=max(20, plan.trials // 4))
+        try:
+            attempt = _attempt(
+                bench, allowed, limits, fewer, study=f"{study} round {rounds + 1}", journal=journal, progress=progress
+            )
+        except BudgetError:
+            progress.note("with the corrected table nothing is within reach; going on with the nearest")
+            break
+        rounds += 1
+    keeping, finalists, baselines = attempt.keeping, attempt.finalists, attempt.baselines
     recovered = _recovered(bench, keeping or finalists, baselines, limits, plan=plan, progress=progress)
     chosen = min(recovered, key=lambda contender: contender.divergence)
     chosen = bench.stages.timed("recover", lambda: _mended(bench, chosen, bench.thorough)) if plan.refit else chosen
-    return Found(budget, limits, chosen, tuple(recovered), tuple(baselines), dense, record, round_number)
+    return Found(budget, limits, chosen, tuple(recovered), tuple(baselines), attempt.dense, attempt.record, rounds)
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """One search and what its best candidates really cost."""
+
+    keeping: list[Contender]
+    finalists: list[Contender]
+    baselines: list[Contender]
+    dense: Timing
+    record: StudyRecord
+
+
+def _attempt(
+    bench: Workbench, allowed: Mapping[Metric, float], limits: Mapping[Metric, float], plan: Plan, *, study: str,
+    journal: Path, progress: Progress,
+) -> _Attempt:  # fmt: skip
+    """Search with predictions below `allowed`, then time the best: those that keep `limits`, and all."""
+    problem, record, finished = _search(bench, allowed, plan, study=study, journal=journal, progress=progress)
+    finalists, baselines, dense = _timed(bench, problem, record, finished, plan=plan, progress=progress)
+    keeping = [contender for contender in finalists if not misses(bench, contender, limits)]
+    return _Attempt(keeping, finalists, baselines, dense, record)
 
 
 def fastest(bench: Workbench, floor: Floor, *, plan: Plan, journal: Path, progress: Progress, steps: int = 5) -> Found:

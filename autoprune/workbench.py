@@ -120,7 +120,11 @@ def _table(subject: Subject, folder: Path, progress: Progress) -> LatencyTable:
         return shape_only(subject.model, subject.anatomy, space.options_of(choice))
 
     bench = Bench(build, engine, task.target, subject.example)
-    table = measure_table(space, subject.anatomy.architecture, bench=bench, key=key, seed=task.seed, progress=progress)
+    samples = subject.samples
+    table = measure_table(
+        space, subject.anatomy.architecture, bench=bench, key=key, seed=task.seed, progress=progress,
+        models=samples.table, check=samples.check,
+    )  # fmt: skip
     write_text(path, table.model_dump_json(indent=1))
     return table
 
@@ -237,18 +241,19 @@ def _priors(
     key = of_text(key, space, data, subject.samples, "priors 2")
     path = folder / "bank" / f"priors-{key[:16]}.safetensors"
     stored = store.load_tensors(path, key=key)
-    names = ("reconstruction", "second_order", "one_at_a_time")
+    count = subject.samples.probe
+    names = ["reconstruction", "second_order", *(["one_at_a_time"] if count else [])]
     if stored is not None:
         return {name: [stored[f"{name}/{unit}"].numpy() for unit in range(len(space.entries))] for name in names}
-    local = local_harms(space, bank, subject.model, anatomy=subject.anatomy)
-    count = subject.samples.probe
-    few = Selection(
-        batches_of(subject, subject.parts.selection.inputs[:count]), selection.dense[:count], selection.kind
-    )
-    small = Anchor.of(subject.model, batches_of(subject, subject.task.data.calibration_inputs[:count]))
-    probe = Stitcher(subject.model, subject.anatomy, bank, anchor=small)
-    measured = one_at_a_time(space, probe, few, shape=local["reconstruction"], progress=progress)
-    priors: dict[str, Harms] = {**local, "one_at_a_time": measured}
+    priors: dict[str, Harms] = local_harms(space, bank, subject.model, anatomy=subject.anatomy)
+    if count:
+        few = Selection(
+            batches_of(subject, subject.parts.selection.inputs[:count]), selection.dense[:count], selection.kind
+        )
+        small = Anchor.of(subject.model, batches_of(subject, subject.task.data.calibration_inputs[:count]))
+        probe = Stitcher(subject.model, subject.anatomy, bank, anchor=small)
+        shape = priors["reconstruction"]
+        priors["one_at_a_time"] = one_at_a_time(space, probe, few, shape=shape, progress=progress)
     tensors = {f"{name}/{unit}": torch.from_numpy(row) for name in names for unit, row in enumerate(priors[name])}
     store.save_tensors(path, tensors, {"key": key})
     return priors

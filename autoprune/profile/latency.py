@@ -62,13 +62,14 @@ def measure_table(
     models: int | None = None,
     check: int = 20,
 ) -> LatencyTable:
-    """The latency table of `space` on the bench's target, fitted to `models` random models, checked on `check` others.
+    """The latency table of `space` on the bench's target, fitted to at most `models` random models, checked on others.
 
     Tells `progress` the phase `profile` and one step a model. `key` is kept in the table. In a space with few choices
     fewer models are used, a quarter of them for the check. Raises TargetError when a model cannot be run.
     """
     widths = WidthMap.of(architecture, space)
-    fitted, checked = _draw(space, models or _enough_models(space, architecture, widths), check, seed)
+    enough = _enough_models(space, architecture, widths)
+    fitted, checked = _draw(space, min(models or enough, enough), check, seed)
     measured = _measure([*fitted, *checked], space.dense, bench, progress, seed)
     if fitted:
         designs = [_design(fitted, space, architecture, widths, block=block) for block in BLOCKS]
