@@ -10,7 +10,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SEPARATE = {"train_demo.py"}
-LIMIT_S = 600
+LIMIT_S = 1500
 """Far above what they take, for machines that are busy."""
 
 

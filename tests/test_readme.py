@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LIMIT_S = 900
+LIMIT_S = 1500
 """For a machine that is busy; on an idle one the longest block, the demo's search, takes about two minutes."""
 ENVIRONMENT = ("-m venv", "pip install", "bin/pytest")
 MAY_MISS = ("autoprune verify", "--budget 5ms")
