@@ -27,6 +27,6 @@ class Outgoing:
 if __name__ == "__main__":
     space = Path(__file__).with_suffix(".yaml")
     outcome = search(model(), **data(), budget="50%macs", space=str(space), plan=Plan(trials=20))
-    print(outcome.record.verdict)
+    print("met:" if outcome.met else "missed:", outcome.record.verdict)
     for unit, decision in outcome.policy.units.items():
         print(f"{unit}: {decision.keep} of {decision.of} by {decision.method}")
