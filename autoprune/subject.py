@@ -50,10 +50,8 @@ class Samples:
     """One unit changed alone; none for models so large that it would take minutes."""
     refit: int
     """Finalists, before one of them is chosen."""
-    table: int
-    """Whole models that the latency table is fitted to, at most."""
     check: int
-    """Whole models that it is checked on."""
+    """Whole models that the latency table is checked on."""
     patches: int
     """Input columns of each layer, over all samples."""
 
@@ -69,7 +67,6 @@ class Samples:
             gradients=within(64e9, 64, 512),
             recalibrate=within(32e9, 64, 256),
             probe=within(24e9, 24, 256) if macs <= 500e6 else 0,
-            table=within(8e9, 32, 52),
             check=within(4e9, 10, 20),
             refit=within(64e9, 64, 512),
             patches=within(4.1e12, 8192, 32768),

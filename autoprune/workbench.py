@@ -103,7 +103,7 @@ def _table(subject: Subject, folder: Path, progress: Progress) -> LatencyTable:
     space = resolve(subject.anatomy.units, task.spec)
     key = of_text(
         subject.anatomy.architecture, space, task.target.text, tuple(subject.example.shape), engine.version(),
-        platform.node(), platform.processor(),
+        platform.node(), platform.processor(), "table 2",
     )  # fmt: skip
     path = folder / "tables" / f"{key[:16]}.json"
     if path.exists():
@@ -120,10 +120,9 @@ def _table(subject: Subject, folder: Path, progress: Progress) -> LatencyTable:
         return shape_only(subject.model, subject.anatomy, space.options_of(choice))
 
     bench = Bench(build, engine, task.target, subject.example)
-    samples = subject.samples
     table = measure_table(
         space, subject.anatomy.architecture, bench=bench, key=key, seed=task.seed, progress=progress,
-        models=samples.table, check=samples.check,
+        check=subject.samples.check,
     )  # fmt: skip
     write_text(path, table.model_dump_json(indent=1))
     return table

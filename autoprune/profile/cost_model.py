@@ -38,7 +38,7 @@ class LayerCosts:
         """Each layer's cost when it is there, elementwise; `layers` says which layer each last-axis entry is."""
         total = np.zeros_like(inputs)
         for name, coefficients in self.terms.items():
-            total += coefficients[layers] * FEATURES[name](inputs, outputs, self.block)
+            total += coefficients[layers] * FEATURES[name].of(inputs, outputs, self.block)
         return total
 
     def total(self, widths: Widths) -> Array:
@@ -124,9 +124,13 @@ class CostModel:
         return self.cost(metric, self.cheapest_choice(metric)), self.dense[metric]
 
     def aligned_widths(self, unit: Unit) -> tuple[int, ...]:
-        """Widths at the edges of the runtime's steps, ascending: multiples of its block, and the full width."""
+        """Widths at the edges of the runtime's steps, ascending: multiples of its block, and the full width.
+
+        Where no step was found (or nothing was measured), all widths are alike, and only the full one is named.
+        """
         step = self.table.channel_block if self.table is not None else 1
-        return (*range(step, unit.width, step), unit.width)
+        edges = range(step, unit.width, step) if step > 1 else ()
+        return (*edges, unit.width)
 
     def is_additive(self, metric: Metric) -> bool:
         """Whether one linearisation is exact everywhere: no two units share a layer, but for a block and its inside."""
@@ -199,15 +203,14 @@ def _size(layer: Layer) -> tuple[float, float, float]:
 
 
 def _latency(layers: Sequence[Layer], widths: WidthMap, table: LatencyTable) -> LayerCosts:
-    """Seconds. The table prices features relative to the dense layer's, so coefficients are divided by these."""
+    """Seconds. The table prices features relative to the dense layer's extent, so coefficients are divided by it."""
     dense = widths.at(np.zeros((1, len(widths.keeps)), dtype=np.int64))
     prices = {entry.signature: entry.coefficients for entry in table.signatures}
     scale = table.dense_s * table.correction
     terms = {}
     for name, feature in FEATURES.items():
         coefficients = [prices.get(layer.signature, {}).get(name, 0.0) for layer in layers]
-        full = feature(dense.inputs, dense.outputs, table.channel_block)[0]
-        terms[name] = scale * np.asarray(coefficients) / np.maximum(full, 1.0)
+        terms[name] = scale * np.asarray(coefficients) / feature.full(dense.inputs, dense.outputs)[0]
     return LayerCosts(scale * table.base, table.channel_block, terms)
 
 

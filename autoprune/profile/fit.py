@@ -1,5 +1,7 @@
-"""Fits latency shares of whole models by non-negative coefficients on layer features, one set for each layer shape.
+"""Fits latency shares of whole models by non-negative coefficients on layer features.
 
+A feature's coefficient is one for all layers of a kind, in proportion to their work, plus a correction for each layer
+shape that is held small: a few dozen models say little about every shape alone, and much about all together.
 Knows numbers alone: widths of models and their measured latency over the dense model's.
 """
 
@@ -12,12 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
+from autoprune.core.architecture import Layer
 from autoprune.profile.features import FEATURES
 from autoprune.profile.widths import Array, Widths
 
 BLOCKS = (1, 4, 8, 16, 32)
 RIDGE = 1e-3
-"""Weight of the coefficients' squares against one model's squared relative error; columns are scaled to 1."""
+"""Weight of the squares of what is common, against one model's squared relative error; common columns are shares."""
+OWN_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+"""The same for each shape's own correction: one of these, by cross-validation."""
 DENSE_WEIGHT = 10.0
 _FOLDS = 5
 
@@ -26,75 +31,98 @@ Shape = tuple[str, str]  # (signature, feature)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Design:
-    """What the fit sees at one block size: one column a (signature, feature) that varies, relative to the dense model.
+    """What the fit sees at one block size: one column a (kind or signature, feature) that varies.
 
-    `rows` is (P, C) and `dense` (C,): each layer adds its feature over its own dense feature, so a coefficient is the
-    share of the dense latency that one full layer of that shape takes by that feature.
+    `rows` is (P, C) and `dense` (C,): the share of that work, of all layers' work of its extent, that each model does.
+    `loads` are, for each (signature, feature), the share of one dense layer of that shape.
     """
 
     block: int
     columns: tuple[Shape, ...]
     rows: Array
     dense: Array
+    own: NDArray[np.bool_]
+    """(C,) which columns are one shape's own."""
+    loads: Mapping[Shape, float]
+    kinds: Mapping[str, str]
+    """Signature -> kind of layer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Latency share = `base` + sum of coefficients times features. The dense model's share is 1 exactly."""
+    """Latency share = `base` + sum of coefficients times features, each relative to its dense extent.
+
+    The dense model's share is 1 exactly.
+    """
 
     block: int
     base: float
     coefficients: Mapping[Shape, float]
 
 
-def design(widths: Widths, dense: Widths, signatures: Sequence[str | None], block: int) -> Design:
-    """The design of P models over L layers; a signature None leaves a layer out. `dense` holds the one dense model."""
-    names = sorted({name for name in signatures if name is not None})
+def design(widths: Widths, dense: Widths, layers: Sequence[Layer | None], block: int) -> Design:
+    """The design of P models over L layers; a layer None is left out. `dense` holds the one dense model."""
+    timed = [(index, layer) for index, layer in enumerate(layers) if layer is not None]
+    places = [index for index, _ in timed]
+    inputs, outputs, present = (values[:, places] for values in (widths.inputs, widths.outputs, widths.present))
+    full_in, full_out = dense.inputs[:, places], dense.outputs[:, places]
+    kinds = {layer.signature: layer.kind for _, layer in timed}
+    common = [(str(kind), [layer.kind == kind for _, layer in timed]) for kind in sorted(set(kinds.values()))]
+    shapes = [(name, [layer.signature == name for _, layer in timed]) for name in sorted(kinds)]
     columns, rows, fulls = [], [], []
-    for feature, function in FEATURES.items():
-        full = function(dense.inputs, dense.outputs, block)  # (1, L)
-        unit = np.maximum(full, 1.0)
-        relative = widths.present * function(widths.inputs, widths.outputs, block) / unit  # (P, L)
-        for name in names:
-            layers = np.flatnonzero([signature == name for signature in signatures])
-            column = relative[:, layers].sum(axis=1)
-            whole = float((full / unit)[0, layers].sum())
-            if not np.allclose(column, whole):
-                columns.append((name, feature))
+    loads: dict[Shape, float] = {}
+    for name, feature in FEATURES.items():
+        work = np.asarray(
+            [feature.load(layer, full_in[0, place], full_out[0, place]) for place, (_, layer) in enumerate(timed)]
+        )
+        work /= max(work.sum(), 1e-30)
+        loads |= {(layer.signature, name): float(share) for (_, layer), share in zip(timed, work, strict=True)}
+        scale = work / feature.full(full_in, full_out)  # (1, L)
+        shares = present * feature.of(inputs, outputs, block) * scale  # (P, L)
+        whole = feature.of(full_in, full_out, block) * scale
+        for group, members in (*common, *shapes):
+            column, total = shares[:, members].sum(axis=1), float(whole[0, members].sum())
+            if not np.allclose(column, total):
+                columns.append((group, name))
                 rows.append(column)
-                fulls.append(whole)
-    return Design(block, tuple(columns), np.reshape(rows, (len(columns), -1)).T, np.asarray(fulls))
+                fulls.append(total)
+    matrix = np.reshape(rows, (len(columns), -1)).T
+    own = np.asarray([group in kinds for group, _ in columns], dtype=np.bool_)
+    return Design(block, tuple(columns), matrix, np.asarray(fulls), own, loads, kinds)
 
 
 def fit(designs: Sequence[Design], shares: Array, *, seed: int = 0) -> Fit:
-    """The best fit to measured `shares` (P,): block size by cross-validation over the models, then all models."""
-    best = min(designs, key=lambda candidate: _validation_error(candidate, shares, seed))
-    solution = _solve(best.rows, shares, best.dense)
-    return Fit(best.block, float(solution[0]), dict(zip(best.columns, solution[1:].tolist(), strict=True)))
+    """The best fit to measured `shares` (P,): block size and ridge by cross-validation over the models, then all."""
+    tried = [(design, ridge) for design in designs for ridge in OWN_RIDGES]
+    best, ridge = min(tried, key=lambda one: _validation_error(one[0], one[1], shares, seed))
+    solution = _solve(best, ridge, best.rows, shares)
+    found = dict(zip(best.columns, solution[1:].tolist(), strict=True))
+    coefficients = {}
+    for (signature, feature), load in best.loads.items():
+        common, own = found.get((best.kinds[signature], feature), 0.0), found.get((signature, feature), 0.0)
+        coefficients[signature, feature] = load * (common + own)
+    return Fit(best.block, float(solution[0]), coefficients)
 
 
-def _solve(rows: Array, shares: Array, dense: Array) -> Array:
+def _solve(design: Design, own_ridge: float, rows: Array, shares: Array) -> Array:
     """(1 + C,) base and coefficients >= 0 with least squared relative error, scaled so that the dense model is 1."""
-    models = np.vstack([rows, dense])  # (P + 1, C)
+    models = np.vstack([rows, design.dense])  # (P + 1, C)
     weights = np.concatenate([1.0 / shares, [DENSE_WEIGHT]])
     columns = np.column_stack([np.ones(len(models)), models])  # (P + 1, 1 + C)
-    scales = columns.max(axis=0)
-    matrix = columns / scales * weights[:, None]
-    ridge = np.sqrt(RIDGE) * np.eye(len(scales))
-    target = np.concatenate([np.ones(len(shares)), [DENSE_WEIGHT], np.zeros(len(scales))])
-    scaled: NDArray[np.float64] = nnls(np.vstack([matrix, ridge]), target)[0]
-    solution: Array = scaled / scales
+    ridge = np.diag(np.sqrt(np.concatenate([[RIDGE], np.where(design.own, own_ridge, RIDGE)])))
+    target = np.concatenate([np.ones(len(shares)), [DENSE_WEIGHT], np.zeros(len(ridge))])
+    solution: NDArray[np.float64] = nnls(np.vstack([columns * weights[:, None], ridge]), target)[0]
     return solution / float(columns[-1] @ solution)
 
 
-def _validation_error(design: Design, shares: Array, seed: int) -> float:
+def _validation_error(design: Design, own_ridge: float, shares: Array, seed: int) -> float:
     folds = np.random.default_rng(seed).permutation(len(shares)) % _FOLDS
     errors = []
     for fold in range(_FOLDS):
         held = folds == fold
         if held.all() or not held.any():
             continue
-        solution = _solve(design.rows[~held], shares[~held], design.dense)
+        solution = _solve(design, own_ridge, design.rows[~held], shares[~held])
         predicted = solution[0] + design.rows[held] @ solution[1:]
         errors.extend(np.abs(predicted / shares[held] - 1.0).tolist())
     return float(np.mean(errors)) if errors else 0.0
