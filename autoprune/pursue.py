@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from autoprune.bank.stitch import shape_only
 from autoprune.contender import Contender, misses, off_by, predicted
 from autoprune.core.budget import Budget, Limit, Metric
 from autoprune.core.space import Choice
@@ -20,6 +21,7 @@ from autoprune.errors import BudgetError
 from autoprune.goal import Floor, Plan, resolve_limits
 from autoprune.model.fingerprint import of_text
 from autoprune.profile.clock import Timing
+from autoprune.profile.cost_model import CostModel
 from autoprune.progress import Progress
 from autoprune.recover.refit import Reference, refit
 from autoprune.searching import scorer
@@ -57,14 +59,14 @@ def pursue(
     """Search within `budget`, correct the table where reality differs, recover the finalists and choose one."""
     limits = resolve_limits(bench.costs, budget)
     allowed = _with_margin(bench, limits)
+    bench = _aimed(bench, allowed, progress)
     study = name or budget.text
     attempt = _attempt(bench, allowed, limits, plan, study=study, journal=journal, progress=progress)
     rounds = 1
     while not attempt.keeping and rounds < ROUNDS:
         off = float(np.median([off_by(bench, contender) for contender in attempt.finalists]))
         progress.note(f"no finalist keeps the budget: latency is {off:.3f} x the prediction; the table is corrected")
-        tighter = limits.get("latency", 0.0) / max(off, 1.005)
-        allowed = {metric: min(value, tighter) if metric == "latency" else value for metric, value in allowed.items()}
+        bench = _corrected(bench, max(off, 1.005))
         fewer = replace(plan, trials=max(20, plan.trials // 4))
         try:
             attempt = _attempt(
@@ -135,6 +137,38 @@ def _with_margin(bench: Workbench, limits: Mapping[Metric, float]) -> dict[Metri
     """Limits for predictions: latency is aimed at a little below, by what the table's check says of its error."""
     error = min(1.5 * bench.table.check.median_error, _MOST_MARGIN) if bench.table is not None else 0.0
     return {metric: limit * (1 - error) if metric == "latency" else limit for metric, limit in limits.items()}
+
+
+def _aimed(bench: Workbench, limits: Mapping[Metric, float], progress: Progress) -> Workbench:
+    """The workbench, its table corrected by what models near the budget really take: the priors' own solutions.
+
+    The table is fitted to all widths alike; a search goes where it errs in the search's favour.
+    """
+    if "latency" not in limits or bench.table is None:
+        return bench
+    choices = list(dict.fromkeys(prior_starts(Problem(bench.space, bench.costs, limits, bench.priors)).values()))
+    if not choices:
+        return bench
+    progress.phase("aim", len(choices))
+    subject = bench.subject
+
+    def work() -> float:
+        models = [shape_only(subject.model, subject.anatomy, bench.space.options_of(choice)) for choice in choices]
+        _, timings = bench.stopwatch.compare(models)
+        shares = [bench.costs.cost("latency", choice) / bench.costs.dense["latency"] for choice in choices]
+        return float(np.median([timing.ratio / share for timing, share in zip(timings, shares, strict=True)]))
+
+    off = bench.stages.timed("aim", work)
+    progress.step(len(choices))
+    progress.note(f"near the budget latency is {off:.3f} x the prediction; the table is corrected")
+    return _corrected(bench, off)
+
+
+def _corrected(bench: Workbench, off: float) -> Workbench:
+    """The same workbench with latency predicted `off` times as long."""
+    assert bench.table is not None
+    table = bench.table.model_copy(update={"correction": bench.table.correction * off})
+    return replace(bench, table=table, costs=CostModel(bench.subject.anatomy.architecture, bench.space, table))
 
 
 def _search(

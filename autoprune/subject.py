@@ -64,7 +64,7 @@ class Samples:
 
         return cls(
             calibrate=within(256e9, 256, 2048),
-            gradients=within(64e9, 64, 512),
+            gradients=within(32e9, 32, 512),
             recalibrate=within(32e9, 64, 256),
             probe=within(24e9, 24, 256) if macs <= 500e6 else 0,
             check=within(4e9, 10, 20),

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from autoprune.bank.patches import positions_of, sampled_outputs, sampled_patches
+from autoprune.bank.patches import is_solvable, positions_of, sampled_outputs, sampled_patches
 from autoprune.model.additions import Link, links, watching_additions
 from autoprune.model.blocks import Block
-from autoprune.model.coupling import CONVOLUTIONS
 from autoprune.model.flow import tails_of
 from autoprune.model.observe import watching
 
@@ -62,7 +61,7 @@ def observe_runs(
     found = links(model, batches[0][:2], layers=tails, blocks={block.name: block.layers for block in blocks})
     modules = dict(model.named_modules())
     makers = {norm: layer for layer, norm in norms.items()}
-    ends = {tail: _ends(found, tail) for tail in found if _is_solvable(modules[makers.get(tail, tail)], max_columns)}
+    ends = {tail: _ends(found, tail) for tail in found if is_solvable(modules[makers.get(tail, tail)], max_columns)}
     ends = {tail: reached for tail, reached in ends.items() if reached}
     if not ends:
         return {}
@@ -141,9 +140,3 @@ def _ends(found: Mapping[str, Link | None], tail: str) -> dict[tuple[str, ...], 
         ends[blocks] = link.layer
         link = found.get(link.layer)
     return ends
-
-
-def _is_solvable(layer: nn.Module, max_columns: int) -> bool:
-    if isinstance(layer, CONVOLUTIONS):
-        return layer.groups == 1 and layer.weight[0].numel() <= max_columns
-    return isinstance(layer, nn.Linear) and layer.in_features <= max_columns

@@ -18,6 +18,13 @@ def columns(layer: nn.Module, inputs: Tensor) -> int:
     return int(inputs.shape[-1])
 
 
+def is_solvable(layer: nn.Module, max_columns: int) -> bool:
+    """Whether a layer's weights are one matrix of at most `max_columns` columns: not grouped, not too wide."""
+    if isinstance(layer, CONVOLUTIONS):
+        return layer.groups == 1 and layer.weight[0].numel() <= max_columns
+    return isinstance(layer, nn.Linear) and layer.in_features <= max_columns
+
+
 def positions_of(layer: nn.Module, output: Tensor) -> int:
     """Output positions of one sample."""
     if isinstance(layer, CONVOLUTIONS):

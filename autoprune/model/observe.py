@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-Hook = Callable[[Tensor, Tensor], None]
-"""Called with a module's first tensor input and its output."""
+Hook = Callable[[Tensor, Tensor], Tensor | None]
+"""Called with a module's first tensor input and its output; what it returns, if anything, replaces the output."""
 
 
 @contextmanager
@@ -23,9 +23,10 @@ def watching(model: nn.Module, hooks: Mapping[str, Hook]) -> Iterator[None]:
     handles = []
 
     def attach(module: nn.Module, hook: Hook) -> None:
-        def call(_module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        def call(_module: nn.Module, inputs: tuple[object, ...], output: object) -> Tensor | None:
             if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
-                hook(inputs[0], output)
+                return hook(inputs[0], output)
+            return None
 
         handles.append(module.register_forward_hook(call))
 

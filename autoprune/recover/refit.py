@@ -3,21 +3,23 @@
 Compensation in the bank assumes that everything before a layer is dense. Here the inputs come from the pruned network
 as it is, and the target is what the dense network has at the same place: for a branch that is added to a shortcut it
 is the sum (which makes up for errors of the shortcut, and for blocks dropped right after), else the layer's own output.
-Least squares with a ridge towards the weights at hand; no gradients, no labels.
+Least squares with a ridge towards the weights at hand; no gradients, no labels. All images go through the candidate
+together, once: a layer is solved when it is reached, and the pass goes on with its new weights.
 Layer-wise reconstruction with accumulated error: arXiv:1707.06168, section 3.2.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autoprune.bank.patches import positions_of, sampled_outputs, sampled_patches
+from autoprune.bank.patches import is_solvable, positions_of, sampled_outputs, sampled_patches
 from autoprune.bank.stitch import Candidate
 from autoprune.model.additions import Link, links, stand_in, watching_additions
 from autoprune.model.blocks import Block
@@ -25,6 +27,9 @@ from autoprune.model.coupling import CONVOLUTIONS, NORMS
 from autoprune.model.cut import CutPlan, Kept
 from autoprune.model.flow import norm_scale, norms_after, tails_of
 from autoprune.model.observe import calls, watching
+
+MOST_ACTIVATION_BYTES = 2**29
+"""The largest activation of all images together; a refit needs about five times that. Beyond, fewer images are used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +57,6 @@ class Site:
     def tail(self) -> str:
         """The module whose output is fitted."""
         return self.norm or self.layer
-
-
-class _Stopped(Exception):  # noqa: N818 - control flow, not an error
-    """The forward pass has gone far enough."""
 
 
 @dataclass(slots=True)
@@ -99,11 +100,11 @@ class Reference:
         cls, model: nn.Module, batches: Sequence[Tensor], *, blocks: Sequence[Block],
         settings: RefitSettings | None = None,
     ) -> Reference:  # fmt: skip
-        """Prepare refits of candidates of `model`, of which `blocks` can be dropped."""
+        """Prepare refits of candidates of `model`, of which `blocks` can be dropped. It may use fewer images."""
         norms = norms_after(model, batches[0][:2])
         tails = tails_of(model, norms, batches[0][:2])
         found = links(model, batches[0][:2], layers=tails, blocks={block.name: block.layers for block in blocks})
-        return cls(model, tuple(batches), norms, found, settings or RefitSettings())
+        return cls(model, _within_memory(model, batches), norms, found, settings or RefitSettings())
 
 
 def refit(reference: Reference, candidate: Candidate) -> int:
@@ -111,9 +112,22 @@ def refit(reference: Reference, candidate: Candidate) -> int:
     sites = _sites(reference, candidate.plan, candidate.model)
     with torch.no_grad():
         targets = _dense_targets(reference, sites, candidate.plan)
-        for site in sites:
-            _solve_site(reference, candidate.model, site, targets[site.layer])
+        _solve_in_passing(reference, candidate.model, sites, targets)
     return len(sites)
+
+
+def _within_memory(model: nn.Module, batches: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """As many images as `MOST_ACTIVATION_BYTES` allow, one at least."""
+    each = max(
+        (call.output[0].numel() * call.output.element_size() for call in calls(model, batches[0][:1])), default=1
+    )
+    left = max(1, MOST_ACTIVATION_BYTES // each)
+    kept = []
+    for batch in batches:
+        if left > 0:
+            kept.append(batch[:left])
+            left -= len(batch)
+    return tuple(kept)
 
 
 def _sites(reference: Reference, plan: CutPlan, model: nn.Module) -> list[Site]:
@@ -121,7 +135,7 @@ def _sites(reference: Reference, plan: CutPlan, model: nn.Module) -> list[Site]:
     tails = {norm: layer for layer, norm in reference.norms.items()}
     modules = dict(model.named_modules())
     run = dict.fromkeys(call.name for call in calls(model, reference.batches[0][:2]))  # in execution order
-    layers = [name for name in run if _is_solvable(modules[name], reference)]
+    layers = [name for name in run if is_solvable(modules[name], reference.settings.max_columns)]
     dropped = [block.name for block in plan.dropped]
     added = {tails.get(tail, tail): tail for tail in reference.links}
     sites = []
@@ -133,12 +147,6 @@ def _sites(reference: Reference, plan: CutPlan, model: nn.Module) -> list[Site]:
         elif kept is not None and kept.inputs is not None:
             sites.append(Site(name, norm, norm or name, added=False))
     return sites
-
-
-def _is_solvable(layer: nn.Module, reference: Reference) -> bool:
-    if isinstance(layer, CONVOLUTIONS):
-        return layer.groups == 1 and layer.weight[0].numel() <= reference.settings.max_columns
-    return isinstance(layer, nn.Linear) and layer.in_features <= reference.settings.max_columns
 
 
 def _chosen(site: str, batch: int, positions: int, each: int) -> Tensor:
@@ -178,38 +186,68 @@ def _dense_targets(reference: Reference, sites: Sequence[Site], plan: CutPlan) -
     return targets
 
 
-def _solve_site(reference: Reference, model: nn.Module, site: Site, targets: Sequence[Tensor]) -> None:
-    """Refit one layer of the candidate on what reaches it now."""
-    layer = model.get_submodule(site.layer)
-    normal, each = _Normal(constant=site.norm is not None or layer.bias is not None), _each(reference)
-    patches = torch.empty(0)
-    chosen = torch.empty(0)
-    target = targets[0]
+def _solve_in_passing(
+    reference: Reference, model: nn.Module, sites: Sequence[Site], targets: Mapping[str, Sequence[Tensor]]
+) -> None:
+    """Refit every site of the candidate, in one forward pass of all images."""
+    branches: dict[str, _Branch] = {}
+    by_tail = {site.tail: site for site in sites if site.added}
+    each = _each(reference)
+    ends = np.cumsum([len(batch) for batch in reference.batches]).tolist()
+    chunks = [slice(end - len(batch), end) for end, batch in zip(ends, reference.batches, strict=True)]
 
-    def enter(inputs: Tensor, output: Tensor) -> None:
-        nonlocal patches, chosen
-        chosen = _chosen(site.layer, index, positions_of(layer, output), each)
-        patches = sampled_patches(layer, inputs, chosen)
-        if not site.added:
-            normal.see(patches, target)
-            raise _Stopped
-
-    def summed(_name: str, branch: Tensor, total: Tensor) -> None:
-        normal.see(patches, target - sampled_outputs(layer, total - branch, chosen))
-        raise _Stopped
-
-    with ExitStack() as stack:
-        stack.enter_context(watching(model, {site.layer: enter}))
+    def entered(site: Site, inputs: Tensor, output: Tensor) -> Tensor | None:
+        layer = model.get_submodule(site.layer)
+        positions = positions_of(layer, output)
+        chosen = [_chosen(site.layer, index, positions, each) for index in range(len(chunks))]
+        patches = [sampled_patches(layer, inputs[chunk], at) for chunk, at in zip(chunks, chosen, strict=True)]
         if site.added:
-            stack.enter_context(watching_additions(model, {site.tail: 0}, summed))
-        for index, batch in enumerate(reference.batches):
-            target = targets[index]
-            try:
-                model(batch)
-            except _Stopped:
-                continue
+            branches[site.tail] = _Branch(inputs.clone(), patches, chosen)
+            return None
+        _solve(model, site, patches, targets[site.layer], reference.settings.ridge)
+        return _rerun(layer, inputs)
+
+    def added(tail: str, branch: Tensor, total: Tensor) -> None:
+        site, known = by_tail[tail], branches.pop(tail, None)
+        if known is None:  # it entered another addition before
+            return
+        layer = model.get_submodule(site.layer)
+        rest = total - branch
+        wanted = [
+            target - sampled_outputs(layer, rest[chunk], at)
+            for target, chunk, at in zip(targets[site.layer], chunks, known.chosen, strict=True)
+        ]
+        _solve(model, site, known.patches, wanted, reference.settings.ridge)
+        solved = _rerun(layer, known.inputs)
+        total.copy_(rest + (_rerun(model.get_submodule(site.norm), solved) if site.norm else solved))
+
+    hooks = {site.layer: partial(entered, site) for site in sites}
+    with watching(model, hooks), watching_additions(model, dict.fromkeys(by_tail, 0), added):
+        model(torch.cat(reference.batches))
+
+
+@dataclass(frozen=True, slots=True)
+class _Branch:
+    """A layer on its way to an addition: all its inputs, and what was sampled of them, chunk by chunk."""
+
+    inputs: Tensor
+    patches: list[Tensor]
+    chosen: list[Tensor]
+
+
+def _rerun(module: nn.Module, inputs: Tensor) -> Tensor:
+    """What the module gives now, past its hooks."""
+    output: Tensor = module.forward(inputs)
+    return output
+
+
+def _solve(model: nn.Module, site: Site, patches: Sequence[Tensor], targets: Sequence[Tensor], ridge: float) -> None:
+    layer = model.get_submodule(site.layer)
     norm = model.get_submodule(site.norm) if site.norm else None
-    _write(layer, norm, normal, reference.settings.ridge)
+    normal = _Normal(constant=norm is not None or layer.bias is not None)
+    for inputs, wanted in zip(patches, targets, strict=True):
+        normal.see(inputs, wanted)
+    _write(layer, norm, normal, ridge)
 
 
 def _write(layer: nn.Module, norm: nn.Module | None, normal: _Normal, ridge: float) -> None:
