@@ -155,7 +155,8 @@ def verify_policy(policy_path: Path, config: Config, *, folder: Path, progress: 
     part = subject.parts.held_out
     counted = [
         Measured(
-            latency_ms=latency_record(times), ratio=times.ratio, score=score(model, task.evaluator, part),
+            latency_ms=latency_record(times), ratio=times.ratio,
+            score=score(model, task.evaluator, part, batch=subject.batch),
             macs=macs_of(model, task.data.validation_inputs[:1]), params=params(model), size_bytes=size_bytes(model),
         )
         for model, times in ((subject.model, first), (applied.model, timing))

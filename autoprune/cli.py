@@ -24,6 +24,7 @@ from autoprune.errors import AutopruneError, MissedError, RunError
 from autoprune.files import cause, read_policy
 from autoprune.flags import Given, expanded, option, with_flags
 from autoprune.init import write_files
+from autoprune.memory import keep_freed_memory
 from autoprune.report import text
 
 INTERRUPTED = 130
@@ -53,6 +54,7 @@ def _version(on: bool) -> None:
 
 def main() -> None:
     """The entry point."""
+    keep_freed_memory()
     try:
         app()
     except KeyboardInterrupt:

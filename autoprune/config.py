@@ -26,7 +26,7 @@ RUN_FILE = "run.json"
 METRICS = ("top1", "top5", "mse")
 DEMO_MODEL = "autoprune.demo.network:model"
 DEMO_DATA = "autoprune.demo.data:data"
-DEMO_SECONDS = 20.0
+DEMO_SECONDS = 15.0
 DEMO_FINALISTS = 2
 GOAL_HELP = (
     "nothing to search for: write `budget: 5ms` (or 50%, 2x, 300MMACs, 2MB, ...), or `max_drop: 1%`, "

@@ -43,20 +43,24 @@ class Written:
 def write_down(bench: Workbench, found: Found, floor: Floor, *, title: str) -> Written:
     """Measure the held-out numbers and assemble the outcome and the policy's side file."""
     task, part = bench.subject.task, bench.subject.parts.held_out
-    dense_score = score(bench.subject.model, task.evaluator, part)
+    dense_score = score(bench.subject.model, task.evaluator, part, batch=bench.subject.batch)
     dense = Measured(
         latency_ms=latency_record(found.dense_timing, reference_s=bench.table.dense_s if bench.table else None),
         ratio=1.0, score=dense_score, divergence=0.0, macs=counted_macs(bench.subject.model, bench),
         params=params(bench.subject.model), size_bytes=size_bytes(bench.subject.model),
     )  # fmt: skip
-    chosen = measured(bench, found.chosen, score(found.chosen.candidate.model, task.evaluator, part))
+    chosen = measured(
+        bench, found.chosen, score(found.chosen.candidate.model, task.evaluator, part, batch=bench.subject.batch)
+    )
     baselines = {
-        contender.label: measured(bench, contender, score(contender.candidate.model, task.evaluator, part))
+        contender.label: measured(
+            bench, contender, score(contender.candidate.model, task.evaluator, part, batch=bench.subject.batch)
+        )
         for contender in found.baselines
     }
     for contender in found.finalists:  # the best baseline, recovered like the finalists
         if contender.label != "finalist" and contender.recovery is not None:
-            held_out = score(contender.candidate.model, task.evaluator, part)
+            held_out = score(contender.candidate.model, task.evaluator, part, batch=bench.subject.batch)
             baselines[f"{contender.label}, refitted"] = measured(bench, contender, held_out)
     side = side_file(found.chosen)
     policy = _policy(bench, found, floor, Evidence(

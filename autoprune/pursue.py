@@ -37,6 +37,7 @@ from autoprune.workbench import Workbench
 ROUNDS = 3
 """How often the table is corrected and the search repeated when no finalist keeps the budget."""
 _MOST_MARGIN = 0.03
+_AIM_ROUNDS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +129,8 @@ def fastest(bench: Workbench, floor: Floor, *, plan: Plan, journal: Path, progre
 
 def _keeps_floor(bench: Workbench, floor: Floor, contender: Contender) -> bool:
     task, part = bench.subject.task, bench.subject.parts.selection
-    dense = score(bench.subject.model, task.evaluator, part)
-    value = score(contender.candidate.model, task.evaluator, part)
+    dense = score(bench.subject.model, task.evaluator, part, batch=bench.subject.batch)
+    value = score(contender.candidate.model, task.evaluator, part, batch=bench.subject.batch)
     return floor.shortfall(value.value, dense.value, higher_is_better=task.evaluator.higher_is_better) <= 0
 
 
@@ -154,7 +155,7 @@ def _aimed(bench: Workbench, limits: Mapping[Metric, float], progress: Progress)
 
     def work() -> float:
         models = [shape_only(subject.model, subject.anatomy, bench.space.options_of(choice)) for choice in choices]
-        _, timings = bench.stopwatch.compare(models)
+        _, timings = replace(bench.stopwatch, rounds=_AIM_ROUNDS).compare(models)
         shares = [bench.costs.cost("latency", choice) / bench.costs.dense["latency"] for choice in choices]
         return float(np.median([timing.ratio / share for timing, share in zip(timings, shares, strict=True)]))
 

@@ -14,10 +14,13 @@ from autoprune.evaluators.base import Evaluator
 from autoprune.model.describe import macs_of
 from autoprune.model.discover import Anatomy, discover
 from autoprune.model.fingerprint import structure_fingerprint, weights_fingerprint
+from autoprune.model.observe import largest_activation
 from autoprune.progress import Progress
 from autoprune.spaces import SpaceSpec
 
-BATCH = 128
+MOST_BATCH = 128
+BATCH_BYTES = 2**24
+"""The largest activation of one batch: what fits the caches and is not mapped anew for every layer is twice as fast."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,8 @@ class Subject:
     example: Tensor
     """One batch of the target's shape."""
     samples: Samples
+    batch: int
+    """Samples in one forward pass: at most 128, fewer where activations are large."""
     layout: torch.memory_format
     """How activations lie in memory: channels last where the model takes that."""
     fingerprint: str
@@ -113,9 +118,10 @@ def subject_of(task: Task, progress: Progress) -> Subject:
     example = torch.randn(task.target.batch, *shape, generator=torch.Generator().manual_seed(0))
     if shape == tuple(task.data.validation_inputs.shape[1:]):
         example = task.data.validation_inputs[:1].expand(task.target.batch, *shape).contiguous()
+    batch = BATCH_BYTES // largest_activation(model, task.data.validation_inputs)
     return Subject(
-        task, model, anatomy, parts, example, Samples.of(macs_of(model, task.data.validation_inputs[:1])), layout,
-        weights_fingerprint(task.model), structure_fingerprint(task.model),
+        task, model, anatomy, parts, example, Samples.of(macs_of(model, task.data.validation_inputs[:1])),
+        max(1, min(MOST_BATCH, batch)), layout, weights_fingerprint(task.model), structure_fingerprint(task.model),
     )  # fmt: skip
 
 
@@ -142,4 +148,4 @@ def in_memory(model: nn.Module, memory_format: torch.memory_format) -> None:
 
 def batches_of(subject: Subject, inputs: Tensor) -> tuple[Tensor, ...]:
     """`inputs` (samples, ...) in batches, laid out as the model likes them."""
-    return torch.split(inputs.contiguous(memory_format=subject.layout), BATCH)
+    return torch.split(inputs.contiguous(memory_format=subject.layout), subject.batch)

@@ -79,7 +79,7 @@ def latency_record(timing: Timing, *, reference_s: float | None = None) -> Laten
     return LatencyRecord(median=quantile(0.5), p10=quantile(0.1), p90=quantile(0.9), runs=len(values))
 
 
-def score(model: nn.Module, evaluator: Evaluator, part: Part, *, batch: int = 128) -> ScoreRecord:
+def score(model: nn.Module, evaluator: Evaluator, part: Part, *, batch: int) -> ScoreRecord:
     """The metric on `part`, with its standard error."""
     outputs = outputs_of(model, torch.split(part.inputs, batch))
     values = evaluator.per_sample(outputs, part.targets)

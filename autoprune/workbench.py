@@ -39,7 +39,7 @@ from autoprune.runtimes import runtime
 from autoprune.searching.measured_prior import one_at_a_time
 from autoprune.searching.scorer import Scorer, Selection
 from autoprune.spaces import resolve
-from autoprune.subject import BATCH, Subject, batches_of
+from autoprune.subject import Subject, batches_of
 from autoprune.verify import Stopwatch
 
 Result = TypeVar("Result")
@@ -206,7 +206,7 @@ def _classes(subject: Subject, batches: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """What gradients are taken against: labels, or the dense model's own answers where there are none."""
     given = subject.task.data.calibration_targets
     if given is not None:
-        return torch.split(given[: subject.samples.calibrate], BATCH)
+        return torch.split(given[: subject.samples.calibrate], subject.batch)
     answers = []
     with torch.no_grad():
         for batch in batches:

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from autoprune.config import DEMO_MODEL, Config, demo_config, json_schema, load_config
+from autoprune.config import DEMO_MODEL, DEMO_SECONDS, Config, demo_config, json_schema, load_config
 from autoprune.core.target import Target
 from autoprune.errors import ConfigError
 from autoprune.flags import FLAGS
@@ -67,7 +67,7 @@ def test_paths_of_the_command_line_are_relative_to_the_working_folder(
 
 def test_demo() -> None:
     config = demo_config({"budget": ["50%"]})
-    assert (config.model, config.search.seconds, config.run) == (DEMO_MODEL, 20.0, "runs/demo")
+    assert (config.model, config.search.seconds, config.run) == (DEMO_MODEL, DEMO_SECONDS, "runs/demo")
     assert demo_config({"budget": ["50%"], "search.trials": 5}).search.seconds is None
 
 

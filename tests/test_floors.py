@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1] / "autoprune"
 
 LEVELS: dict[str, int] = {
     "errors": 0,
+    "memory": 0,
     "core": 1,
     "progress": 2,
     "problems": 2,

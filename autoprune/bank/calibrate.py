@@ -19,6 +19,9 @@ from autoprune.bank.patches import columns, positions_of, sampled_patches
 from autoprune.model.observe import calls, watching
 from autoprune.progress import Progress
 
+_GRADIENT_BATCH = 32
+"""Samples in one backward pass, which keeps all activations."""
+
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSettings:
@@ -172,21 +175,19 @@ def _gradients(
                 tensor.register_hook(see)  # type: ignore[no-untyped-call]
 
     hooks = {name: (lambda x, y, name=name: hold(name, x, y)) for name in layers}
-    seen = 0
+    few = torch.split(torch.cat(tuple(batches))[:limit], _GRADIENT_BATCH)
+    wanted_of = torch.split(torch.cat(tuple(targets))[:limit], _GRADIENT_BATCH)
     with _differentiable(model), watching(model, hooks):
-        for batch, wanted in zip(batches, targets, strict=True):
-            if seen >= limit:
-                break
+        for batch, wanted in zip(few, wanted_of, strict=True):
             floating = batch.clone().requires_grad_() if batch.is_floating_point() else batch
             outputs = model(floating)
             loss = _loss(outputs[0] if isinstance(outputs, (tuple, list)) else outputs, wanted)
             loss.backward()  # type: ignore[no-untyped-call]
-            seen += len(batch)
     shown = {call.name: call for call in calls(model, batches[0][:1])}
     return {
         name: (
             _per_channel(modules[name], shown[name].inputs, taylor),
-            _per_channel(modules[name], shown[name].output, fisher) / max(seen, 1),
+            _per_channel(modules[name], shown[name].output, fisher) / max(sum(map(len, few)), 1),
         )
         for name, (taylor, fisher) in sums.items()
     }
@@ -205,7 +206,7 @@ def _taylor(layer: nn.Module, inputs: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _fisher(layer: nn.Module, gradient: Tensor) -> Tensor:
-    return channels_last(layer, gradient).double().square().sum((0, 1))
+    return channels_last(layer, gradient).square().sum(1).double().sum(0)
 
 
 def _per_channel(layer: nn.Module, tensor: Tensor, total: Tensor | float) -> Tensor:

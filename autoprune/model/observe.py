@@ -61,3 +61,9 @@ def calls(model: nn.Module, example: Tensor) -> tuple[Call, ...]:
     with torch.no_grad(), watching(model, hooks):
         model(example)
     return tuple(seen)
+
+
+def largest_activation(model: nn.Module, example: Tensor) -> int:
+    """Bytes of the largest output of any module, for one sample."""
+    shown = calls(model, example[:1])
+    return max((call.output.numel() * call.output.element_size() for call in shown), default=1)

@@ -16,7 +16,7 @@ import numpy as np
 
 MIN_ROUNDS = 5
 MIN_BURST = 2
-LONG_BURST_S = 0.05
+LONG_BURST_S = 0.02
 """A burst is there to warm caches up again after another model ran; a slow model needs no more than this."""
 
 

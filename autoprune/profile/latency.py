@@ -30,7 +30,7 @@ MODELS = 32
 CHUNK = 6
 """Sessions alive at once, the dense one among them."""
 _ROUNDS = 20
-_SECONDS_A_CHUNK, _SECONDS = 2.5, 20.0
+_SECONDS_A_CHUNK, _SECONDS = 2.0, 10.0
 """Timing at most, of a chunk and of all: a slow model is timed less often."""
 _FUSED: tuple[LayerKind, ...] = ("norm", "other")  # part of their neighbours' time
 

@@ -26,7 +26,7 @@ from autoprune.model.blocks import Block
 from autoprune.model.coupling import CONVOLUTIONS, NORMS
 from autoprune.model.cut import CutPlan, Kept
 from autoprune.model.flow import norm_scale, norms_after, tails_of
-from autoprune.model.observe import calls, watching
+from autoprune.model.observe import calls, largest_activation, watching
 
 MOST_ACTIVATION_BYTES = 2**29
 """The largest activation of all images together; a refit needs about five times that. Beyond, fewer images are used."""
@@ -118,10 +118,7 @@ def refit(reference: Reference, candidate: Candidate) -> int:
 
 def _within_memory(model: nn.Module, batches: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """As many images as `MOST_ACTIVATION_BYTES` allow, one at least."""
-    each = max(
-        (call.output[0].numel() * call.output.element_size() for call in calls(model, batches[0][:1])), default=1
-    )
-    left = max(1, MOST_ACTIVATION_BYTES // each)
+    left = max(1, MOST_ACTIVATION_BYTES // largest_activation(model, batches[0]))
     kept = []
     for batch in batches:
         if left > 0:
