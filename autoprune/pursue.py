@@ -5,6 +5,7 @@ Candidates are chosen on the selection data alone. The held-out part is looked a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,7 +60,7 @@ def pursue(
 ) -> Found:
     """Search within `budget`, correct the table where reality differs, recover the finalists and choose one."""
     limits = resolve_limits(bench.costs, budget)
-    allowed = _with_margin(bench, limits)
+    allowed = _with_margin(bench, limits, finalists=plan.finalists)
     bench = _aimed(bench, allowed, progress)
     study = name or budget.text
     attempt = _attempt(bench, allowed, limits, plan, study=study, journal=journal, progress=progress)
@@ -134,9 +135,14 @@ def _keeps_floor(bench: Workbench, floor: Floor, contender: Contender) -> bool:
     return floor.shortfall(value.value, dense.value, higher_is_better=task.evaluator.higher_is_better) <= 0
 
 
-def _with_margin(bench: Workbench, limits: Mapping[Metric, float]) -> dict[Metric, float]:
-    """Limits for predictions: latency is aimed at a little below, by what the table's check says of its error."""
-    error = min(1.5 * bench.table.check.median_error, _MOST_MARGIN) if bench.table is not None else 0.0
+def _with_margin(bench: Workbench, limits: Mapping[Metric, float], *, finalists: int) -> dict[Metric, float]:
+    """Limits for predictions: latency is aimed at a little below, by what the table's check says of its error.
+
+    The more finalists are timed, the closer one may aim: one of them has to keep the budget.
+    """
+    error = 0.0
+    if bench.table is not None:
+        error = min(1.5 * bench.table.check.median_error / math.sqrt(finalists), _MOST_MARGIN)
     return {metric: limit * (1 - error) if metric == "latency" else limit for metric, limit in limits.items()}
 
 

@@ -13,7 +13,7 @@ from records import outcome, verified
 from typer.testing import CliRunner
 
 from autoprune import cli
-from autoprune.config import Config, load_config, save_run
+from autoprune.config import DEMO_SECONDS, Config, load_config, save_run
 from autoprune.errors import BudgetError, MissedError
 from autoprune.progress import Progress
 
@@ -82,7 +82,7 @@ def test_search_without_a_file_runs_the_demo_and_says_so(api: Api, tmp_path: Pat
     assert "met: 4.93 ms is 1.4 % under 5 ms" in output
     assert "runs/demo" in output
     assert api.config is not None
-    assert (api.config.model, api.config.search.seconds) == ("autoprune.demo.network:model", 20.0)
+    assert (api.config.model, api.config.search.seconds) == ("autoprune.demo.network:model", DEMO_SECONDS)
     assert api.seen == {"folder": tmp_path}
 
 
