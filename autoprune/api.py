@@ -17,6 +17,7 @@ from autoprune.core.budget import Budget, parse_budgets, parse_fraction
 from autoprune.core.outcome import OutcomeRecord, UnitRecord, VerifyRecord
 from autoprune.core.policy import Measured, Policy
 from autoprune.core.target import Target
+from autoprune.core.unit import SizeOf
 from autoprune.data import as_data
 from autoprune.errors import BudgetError, MissedError
 from autoprune.evaluators import evaluator
@@ -35,8 +36,9 @@ from autoprune.runtimes import runtime
 from autoprune.searching.samplers import check_sampler
 from autoprune.ship import write_model
 from autoprune.spaces import load_space
+from autoprune.storage import file_bytes
 from autoprune.subject import Task, in_memory, subject_of
-from autoprune.verify import Stopwatch, latency_record, params, score, size_bytes
+from autoprune.verify import Stopwatch, latency_record, params, score
 from autoprune.workbench import Stages, Workbench, measured_costs, prepare
 
 JOURNAL = "study.journal"
@@ -69,6 +71,7 @@ def search(  # noqa: PLR0913 (one flat, keyword-only door, like the configuratio
     min_accuracy: str | float | None = None,
     metric: str | Evaluator = "top1",
     target: Target | None = None,
+    size: SizeOf = "plain",
     space: str = "cnn-channels",
     protect: Sequence[str] = (),
     plan: Plan | None = None,
@@ -81,6 +84,7 @@ def search(  # noqa: PLR0913 (one flat, keyword-only door, like the configuratio
     `example` is one batch as the target runs it, (batch, ...); default: one validation sample. `calibration` and
     `validation` are tensors or arrays (inputs, targets), a Dataset or a DataLoader; validation must be data that the
     model was not trained on. Of a family (`"3ms,5ms"`) the last outcome is returned and all are in the run folder.
+    `size` says what a budget on size counts, the tensors as they are or the packed file.
     `run` is a folder that later searches reuse; default: a fresh temporary one. Raises BudgetError, MissedError, ....
     """
     data = as_data(calibration, validation)
@@ -92,7 +96,7 @@ def search(  # noqa: PLR0913 (one flat, keyword-only door, like the configuratio
     task = Task(
         model, type(model).__name__, data, evaluator(metric) if isinstance(metric, str) else metric, goal,
         spec.model_copy(update={"protect": (*spec.protect, *protect)}),
-        None if example is None else tuple(example.shape[1:]), seed,
+        None if example is None else tuple(example.shape[1:]), seed, size,
     )  # fmt: skip
     floor = Floor(
         None if max_drop is None else parse_fraction(max_drop, key="max_drop"),
@@ -135,7 +139,7 @@ def apply_policy(
     subject = subject_of(_task(config, folder), progress)
     applied = apply(policy_path, subject)
     return write_model(
-        applied.model, applied.plan, example=subject.example, factory=config.model, source=folder, folder=output,
+        applied, example=subject.example, factory=config.model, source=folder, folder=output,
         progress=progress,
     )  # fmt: skip
 
@@ -157,9 +161,10 @@ def verify_policy(policy_path: Path, config: Config, *, folder: Path, progress: 
         Measured(
             latency_ms=latency_record(times), ratio=times.ratio,
             score=score(model, task.evaluator, part, batch=subject.batch),
-            macs=macs_of(model, task.data.validation_inputs[:1]), params=params(model), size_bytes=size_bytes(model),
+            macs=macs_of(model, task.data.validation_inputs[:1]), params=params(model),
+            size_bytes=file_bytes(model, quantised, applied.policy.size),
         )
-        for model, times in ((subject.model, first), (applied.model, timing))
+        for model, times, quantised in ((subject.model, first, {}), (applied.model, timing, applied.quantised))
     ]  # fmt: skip
     dense, pruned = counted
     texts = list(config.budget or ()) or list(applied.policy.budget.values())
@@ -205,7 +210,8 @@ def _bench(task: Task, budgets: Sequence[Budget], folder: Path, progress: Progre
     latency = "latency" in metrics or not metrics
     space, costs, table = measured_costs(subject, folder, latency=latency, stages=stages, progress=progress)
     for budget in budgets:
-        resolve_limits(costs, budget)
+        if not (task.stores_otherwise and any(limit.metric == "size" for limit in budget.limits)):
+            resolve_limits(costs, budget)  # bytes are known once weights have been stored
     return prepare(subject, space, costs, table, folder=folder, stages=stages, progress=progress)
 
 
@@ -248,7 +254,7 @@ def _task(config: Config, folder: Path) -> Task:
         target = Target(target.runtime, target.device, target.threads, shape[0])
     return Task(
         model, type(model).__name__, data, judge_by, target, spec, None if shape is None else shape[1:],
-        config.search.seed,
+        config.search.seed, config.size,
     )  # fmt: skip
 
 

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from autoprune.core.policy import Policy
 from autoprune.core.unit import DROP
 from autoprune.errors import PolicyError, listed, near_miss
-from autoprune.evidence import KEPT, TENSOR
+from autoprune.evidence import KEPT, SCALES, TENSOR
 from autoprune.files import read_policy
 from autoprune.model.cut import CutPlan, cut, plan_cut
 from autoprune.model.discover import Anatomy
+from autoprune.packing.coding import Codes
 from autoprune.subject import Subject
 
 
@@ -29,6 +30,8 @@ class Applied:
     policy: Policy
     model: nn.Module
     plan: CutPlan
+    quantised: Mapping[str, Codes]
+    """The weights that are stored as integers, by their names in the model's state."""
 
 
 def apply(path: Path, subject: Subject) -> Applied:
@@ -43,7 +46,7 @@ def apply(path: Path, subject: Subject) -> Applied:
     kept = {
         name: _kept(path, name, option.keep, policy.units[name].of, tensors)
         for name, option in options.items()
-        if option != DROP
+        if policy.units[name].kind == "channels"
     }
     plan = plan_cut(anatomy.widths, anatomy.groups, kept=kept, dropped=dropped)
     model = cut(subject.model, plan)
@@ -52,7 +55,28 @@ def apply(path: Path, subject: Subject) -> Applied:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise PolicyError(f"{path}: its side file {policy.weights} does not fit the cut model: {error}") from None
-    return Applied(policy, model, plan)
+    return Applied(policy, model, plan, _quantised(path, policy, state, tensors))
+
+
+def _quantised(
+    path: Path, policy: Policy, state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> dict[str, Codes]:
+    """The integers of every int8 weight. Raises PolicyError where weights are no multiples of their scales."""
+    found: dict[str, Codes] = {}
+    for name, decision in policy.units.items():
+        if decision.bits == 32 or name not in state:  # the layer went with its block
+            continue
+        scales = tensors.get(SCALES + name)
+        if scales is None or scales.shape != state[name].shape[:1]:
+            raise PolicyError(f"{path}: units.{name}: its side file has no scale for each output; search anew")
+        matrix = state[name].flatten(1)
+        codes = Codes(torch.round(matrix / scales[:, None]).to(torch.int8), scales, tuple(state[name].shape))
+        if not torch.equal(codes.dequantised(), state[name]):
+            raise PolicyError(
+                f"{path}: units.{name}: its weights are not the integers times scales that they should be"
+            )
+        found[name] = codes
+    return found
 
 
 def _check_identity(path: Path, policy: Policy, subject: Subject) -> None:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, 
 
 from autoprune.core.budget import Budget, parse_budgets, parse_fraction
 from autoprune.core.target import Device, Target
+from autoprune.core.unit import SizeOf
 from autoprune.errors import ConfigError, RunError, listed, near_miss
 from autoprune.files import read_yaml, write_text
 from autoprune.problems import given, problems_of
@@ -153,6 +154,9 @@ class Config(_Section):
     target: TargetConfig = Field(default_factory=TargetConfig)
     budget: Annotated[tuple[str, ...], BeforeValidator(_budget)] | None = Field(
         default=None, description="What a candidate may cost: `5ms`; `3ms,5ms` is a family; a list holds together."
+    )
+    size: SizeOf = Field(
+        default="plain", description="What a budget on size counts: tensors as they are, or the packed file."
     )
     max_drop: Share | None = Field(
         default=None, description="How far the metric may fall below the dense model's, e.g. 1%."

@@ -14,7 +14,8 @@ from autoprune.core.policy import Measured, ScoreRecord
 from autoprune.core.space import Choice
 from autoprune.model.describe import macs_of
 from autoprune.profile.clock import Timing
-from autoprune.verify import latency_record, overruns, params, size_bytes
+from autoprune.storage import file_bytes, quantised_of
+from autoprune.verify import latency_record, overruns, params
 from autoprune.workbench import Workbench
 
 
@@ -39,11 +40,13 @@ def predicted(bench: Workbench, choice: Choice) -> dict[str, float]:
     return {metric: bench.costs.cost(metric, choice) for metric in metrics}
 
 
-def off_by(bench: Workbench, contender: Contender) -> float:
-    """Measured over predicted latency."""
-    if "latency" not in contender.predicted:
-        return 1.0
-    return contender.timing.ratio / (contender.predicted["latency"] / bench.costs.dense["latency"])
+def off_by(bench: Workbench, contender: Contender, metric: Metric) -> float:
+    """Measured over predicted."""
+    if metric == "latency":
+        return contender.timing.ratio / (contender.predicted["latency"] / bench.costs.dense["latency"])
+    value = measured(bench, contender)
+    counted: dict[Metric, float] = {"macs": value.macs, "params": value.params, "size": value.size_bytes}
+    return counted[metric] / contender.predicted[metric]
 
 
 def misses(bench: Workbench, contender: Contender, limits: Mapping[Metric, float]) -> bool:
@@ -63,7 +66,7 @@ def measured(bench: Workbench, contender: Contender, held_out: ScoreRecord | Non
         divergence=contender.divergence,
         macs=counted_macs(model, bench),
         params=params(model),
-        size_bytes=size_bytes(model),
+        size_bytes=file_bytes(model, quantised_of(contender.candidate), bench.subject.task.size),
         recovery=contender.recovery,
     )
 

@@ -22,14 +22,17 @@ from autoprune.core.unit import Option, Unit
 from autoprune.goal import Floor
 from autoprune.profile.cost_model import CostModel
 from autoprune.pursue import Found
+from autoprune.storage import file_bytes, quantised_of
 from autoprune.subject import Subject
-from autoprune.verify import latency_record, overruns, params, score, size_bytes
+from autoprune.verify import latency_record, overruns, params, score
 from autoprune.workbench import Workbench
 
 KEPT = "kept/"
 """Prefix of the side file's tensors that hold kept channel indices."""
 TENSOR = "tensor/"
 """Prefix of the side file's tensors that hold the cut model's state."""
+SCALES = "scales/"
+"""Prefix of the side file's tensors that hold the scales of int8 weights, by the weights' names in the state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ def write_down(bench: Workbench, found: Found, floor: Floor, *, title: str) -> W
     dense = Measured(
         latency_ms=latency_record(found.dense_timing, reference_s=bench.table.dense_s if bench.table else None),
         ratio=1.0, score=dense_score, divergence=0.0, macs=counted_macs(bench.subject.model, bench),
-        params=params(bench.subject.model), size_bytes=size_bytes(bench.subject.model),
+        params=params(bench.subject.model), size_bytes=file_bytes(bench.subject.model, {}, task.size),
     )  # fmt: skip
     chosen = measured(
         bench, found.chosen, score(found.chosen.candidate.model, task.evaluator, part, batch=bench.subject.batch)
@@ -113,9 +116,10 @@ def judge(
 
 
 def side_file(chosen: Contender) -> bytes:
-    """Exact kept indices and the cut model's whole state, as safetensors."""
+    """Exact kept indices, the cut model's whole state, and the scales of what is stored as integers, as safetensors."""
     tensors = {KEPT + unit: indices for unit, indices in chosen.candidate.plan.units.items()}
     tensors |= {TENSOR + name: tensor for name, tensor in chosen.candidate.model.state_dict().items()}
+    tensors |= {SCALES + name: codes.scales for name, codes in quantised_of(chosen.candidate).items()}
     return bytes(save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}))
 
 
@@ -160,7 +164,7 @@ def decisions(units: Mapping[str, Unit], options: Mapping[str, Option]) -> dict[
     return {
         name: UnitDecision(
             kind=units[name].kind, method=option.method, keep=option.keep, of=units[name].width,
-            compensate=option.compensate,
+            compensate=option.compensate, pattern=option.pattern, bits=option.bits,
         )
         for name, option in options.items()
     }  # fmt: skip
@@ -177,6 +181,7 @@ def _policy(bench: Workbench, found: Found, floor: Floor, evidence: Evidence, si
             batch=task.target.batch, where=where(),
         ),
         budget={limit.metric: limit.text for limit in found.budget.limits},
+        size=task.size,
         floor={name: value for name, value in floors.items() if value is not None},
         evidence=evidence,
         weights="policy.safetensors",

@@ -146,8 +146,11 @@ def _plain(policy: Policy) -> dict[str, Any]:
     if policy.evidence is not None:
         content["evidence"]["search"] = dict(policy.evidence.search)  # whatever it holds, None included
     for unit in content["units"].values():
-        if unit["compensate"] == "none":
-            del unit["compensate"]
+        for key, usual in (("compensate", "none"), ("pattern", ""), ("bits", 32)):
+            if unit[key] == usual:
+                del unit[key]
+    if content["size"] == "plain":
+        del content["size"]
     for section in ("budget", "floor"):
         if not content[section]:
             del content[section]

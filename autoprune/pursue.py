@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from autoprune.bank.stitch import shape_only
 from autoprune.contender import Contender, misses, off_by, predicted
@@ -26,7 +27,7 @@ from autoprune.profile.cost_model import CostModel
 from autoprune.progress import Progress
 from autoprune.recover.refit import Reference, refit
 from autoprune.searching import scorer
-from autoprune.searching.baselines import global_magnitude, uniform
+from autoprune.searching.baselines import global_magnitude, global_sparsity, uniform, uniform_sparsity
 from autoprune.searching.engine import Finished, ranked, run_search
 from autoprune.searching.problem import Problem
 from autoprune.searching.sampler import prior_starts
@@ -66,9 +67,15 @@ def pursue(
     attempt = _attempt(bench, allowed, limits, plan, study=study, journal=journal, progress=progress)
     rounds = 1
     while not attempt.keeping and rounds < ROUNDS:
-        off = float(np.median([off_by(bench, contender) for contender in attempt.finalists]))
-        progress.note(f"no finalist keeps the budget: latency is {off:.3f} x the prediction; the table is corrected")
-        bench = _corrected(bench, max(off, 1.005))
+        missed = {
+            metric: float(np.median([off_by(bench, contender, metric) for contender in attempt.finalists]))
+            for metric in limits
+        }
+        shown = ", ".join(f"{metric} is {off:.3f} x the prediction" for metric, off in missed.items())
+        progress.note(f"no finalist keeps the budget: {shown}; predictions are corrected")
+        if "latency" in missed:
+            bench = _corrected(bench, max(missed.pop("latency"), 1.005))
+        allowed |= {metric: min(allowed[metric], limits[metric] / max(off, 1.001)) for metric, off in missed.items()}
         fewer = replace(plan, trials=max(20, plan.trials // 4))
         try:
             attempt = _attempt(
@@ -175,7 +182,8 @@ def _corrected(bench: Workbench, off: float) -> Workbench:
     """The same workbench with latency predicted `off` times as long."""
     assert bench.table is not None
     table = bench.table.model_copy(update={"correction": bench.table.correction * off})
-    return replace(bench, table=table, costs=CostModel(bench.subject.anatomy.architecture, bench.space, table))
+    costs = CostModel(bench.subject.anatomy.architecture, bench.space, table, storage=bench.costs.storage)
+    return replace(bench, table=table, costs=costs)
 
 
 def _search(
@@ -206,14 +214,30 @@ def baseline_choices(bench: Workbench, problem: Problem) -> dict[str, Choice]:
     choices: dict[str, Choice | None] = {}
     pairs = [(choice.method, choice.compensate) for choice in bench.subject.task.spec.methods]
     plain: Compensate = "none"
-    first = ("l2", plain) if ("l2", plain) in pairs else (pairs[0][0], pairs[0][1])
-    choices[f"uniform {first[0]}"] = uniform(problem, method=first[0], compensate=first[1])
+    if pairs:
+        first = ("l2", plain) if ("l2", plain) in pairs else (pairs[0][0], pairs[0][1])
+        choices[f"uniform {first[0]}"] = uniform(problem, method=first[0], compensate=first[1])
     best = next((pair for pair in pairs if pair == ("obs", "least_squares")), None)
     if best is not None:
         choices["uniform obs + least squares"] = uniform(problem, method=best[0], compensate=best[1])
     if ("l2", plain) in pairs:
         choices["global magnitude"] = global_magnitude(problem, _magnitudes(bench))
+    for found in bench.subject.task.spec.weights:
+        for bits in found.bits if found.method != "dense" else ():
+            stored = f" + int{bits}" if bits < 32 else ""
+            choices[f"uniform {found.method}{stored}"] = uniform_sparsity(problem, method=found.method, bits=bits)
+            if found.method == "magnitude":
+                choices[f"global magnitude{stored} inside layers"] = global_sparsity(
+                    problem, _absolute_weights(bench), bits=bits
+                )
     return {name: choice for name, choice in choices.items() if choice is not None}
+
+
+def _absolute_weights(bench: Workbench) -> dict[str, NDArray[np.float64]]:
+    """The absolute values of the weights of every layer that has a unit for them."""
+    state = bench.subject.model.state_dict()
+    names = [unit.name for unit in bench.space.units if unit.kind == "weights"]
+    return {name: state[name].double().abs().flatten().numpy() for name in names}
 
 
 def _magnitudes(bench: Workbench) -> dict[str, list[float]]:
@@ -282,8 +306,9 @@ def _recovered(
 def _mended(bench: Workbench, contender: Contender, reference: Reference) -> Contender:
     """A refitted copy of a contender, or the contender itself where that made it no better on the selection data."""
     candidate = bench.stitcher.build(bench.space.options_of(contender.choice))
-    layers = refit(reference, candidate)
+    refitted = refit(reference, candidate, edits=bench.stitcher.edited_layers(bench.space.options_of(contender.choice)))
+    candidate = replace(candidate, edits={**candidate.edits, **refitted.edits})
     divergence = float(bench.selection.divergences(candidate.model).mean())
     if not divergence < contender.divergence:
         return contender
-    return replace(contender, candidate=candidate, divergence=divergence, recovery=f"refit of {layers} layers")
+    return replace(contender, candidate=candidate, divergence=divergence, recovery=f"refit of {refitted.layers} layers")

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
+from autoprune.apply import Applied
 from autoprune.errors import TargetError
 from autoprune.files import write_bytes, write_text
-from autoprune.model.cut import CutPlan
 from autoprune.progress import Progress
 from autoprune.runtimes import runtime
+from autoprune.storage import packed_model
 
 _SCRIPT = '''"""Rebuilds the pruned model from {factory!r} and {weights!r}. Needs torch and safetensors, not autoprune.
 
@@ -104,17 +105,21 @@ if __name__ == "__main__":
 
 
 def write_model(
-    model: nn.Module, plan: CutPlan, *, example: Tensor, factory: str, source: Path, folder: Path, progress: Progress
+    applied: Applied, *, example: Tensor, factory: str, source: Path, folder: Path, progress: Progress
 ) -> dict[str, Path]:
-    """Write every form of the cut `model` into `folder`; kind -> path. A form that cannot be written is noted.
+    """Write every form of the cut model into `folder`; kind -> path. A form that cannot be written is noted.
 
     `factory` is the dense model's (`file.py:function`, relative to `source`); its file is copied beside the script.
     """
+    model, plan = applied.model, applied.plan
     written: dict[str, Path] = {}
     weights = folder / "model.safetensors"
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     write_bytes(weights, save(state))
     written["state dict"] = weights
+    packed = folder / "model.packed"
+    write_bytes(packed, packed_model(state, applied.quantised).content)
+    written["packed"] = packed
     script = folder / "rebuild.py"
     dropped = {block.name: block.rest for block in plan.dropped}
     write_text(script, _SCRIPT.format(factory=factory, weights=weights.name, dropped=dropped))

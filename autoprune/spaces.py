@@ -8,10 +8,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from autoprune.core.pattern import parse_pattern
 from autoprune.core.space import Space, UnitOptions
-from autoprune.core.unit import DROP, Compensate, Option, Unit, keep_all
+from autoprune.core.unit import DROP, Bits, Compensate, Option, Unit, keep_all
 from autoprune.errors import ConfigError, listed, near_miss
 from autoprune.files import read_yaml
 from autoprune.problems import problems_of
@@ -26,19 +27,49 @@ class MethodChoice(BaseModel):
     compensate: Compensate = "none"
 
 
+class WeightChoice(BaseModel):
+    """What may be done to a layer's weights: zeros by a sparsifier in each of `patterns`, stored in each of `bits`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str = "dense"
+    patterns: tuple[str, ...] = ("",)
+    bits: tuple[Bits, ...] = (32,)
+
+    @field_validator("patterns")
+    @classmethod
+    def _readable(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            if pattern:
+                parse_pattern(pattern)
+        return patterns
+
+    @model_validator(mode="after")
+    def _does_something(self) -> WeightChoice:
+        if (self.method == "dense") != (self.patterns == ("",)):
+            raise ValueError("a sparsifier needs patterns, and `dense` has none")
+        if self.method == "dense" and 32 in self.bits:
+            raise ValueError("dense weights of 32 bits are what is there already; give bits: [8]")
+        return self
+
+
 class SpaceSpec(BaseModel):
     """The content of a search space file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     about: str = ""
-    methods: tuple[MethodChoice, ...] = Field(min_length=1)
+    methods: tuple[MethodChoice, ...] = ()
     levels: Annotated[int, Field(ge=2, le=256)] = 16
     """Widths tried for each unit: `levels` even steps of its width, and the edges of the runtime's blocks."""
     min_keep: Annotated[float, Field(gt=0, le=1)] = 0.0625
     """Smallest share of a unit's channels that may stay."""
     channels: bool = True
     blocks: bool = True
+    weights: tuple[WeightChoice, ...] = ()
+    """What may be done to the weights inside layers."""
+    dense_layers: tuple[str, ...] = ()
+    """Globs of layers whose weights stay dense floats."""
     protect: tuple[str, ...] = ()
     """Globs of module names that stay as they are."""
 
@@ -48,6 +79,14 @@ class SpaceSpec(BaseModel):
         if len(set(methods)) < len(methods):
             raise ValueError("each method with each compensation may stand here once")
         return methods
+
+    @model_validator(mode="after")
+    def _something(self) -> SpaceSpec:
+        if self.channels and not self.methods:
+            raise ValueError("methods: channels need at least one method (or set channels: false)")
+        if not (self.channels or self.blocks or self.weights):
+            raise ValueError("nothing may be pruned: channels and blocks are off and weights is empty")
+        return self
 
 
 def load_space(name: str, folder: Path) -> SpaceSpec:
@@ -88,6 +127,8 @@ def resolve(units: Sequence[Unit], spec: SpaceSpec, *, aligned: Callable[[Unit],
     for unit in units:
         if unit.kind == "block":
             options: tuple[Option, ...] = (DROP,) if spec.blocks else ()
+        elif unit.kind == "weights":
+            options = _weight_options(unit, spec)
         else:
             widths = _widths(unit, spec, aligned(unit) if aligned else ()) if spec.channels else []
             options = tuple(
@@ -95,6 +136,21 @@ def resolve(units: Sequence[Unit], spec: SpaceSpec, *, aligned: Callable[[Unit],
             )
         entries.append(UnitOptions(unit, (keep_all(unit), *options)))
     return Space(tuple(entries))
+
+
+def _weight_options(unit: Unit, spec: SpaceSpec) -> tuple[Option, ...]:
+    """Most weights first; of equally many, most bits first."""
+    found = {
+        Option(choice.method, _kept(unit.width, pattern), pattern=pattern, bits=bits)
+        for choice in spec.weights
+        for pattern in choice.patterns
+        for bits in choice.bits
+    }
+    return tuple(sorted(found, key=lambda option: (-option.keep, -option.bits, option.method, option.pattern)))
+
+
+def _kept(width: int, pattern: str) -> int:
+    return width - round(parse_pattern(pattern).sparsity * width) if pattern else width
 
 
 def _widths(unit: Unit, spec: SpaceSpec, aligned: Sequence[int]) -> list[int]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.core.target import Target
+from autoprune.core.unit import SizeOf
 from autoprune.data import Data, Split, check_fits, split
 from autoprune.evaluators.base import Evaluator
 from autoprune.model.describe import macs_of
@@ -36,6 +37,12 @@ class Task:
     example_shape: tuple[int, ...] | None = None
     """Shape of one sample on the target, without the batch; None: the data's."""
     seed: int = 0
+    size: SizeOf = "plain"
+
+    @property
+    def stores_otherwise(self) -> bool:
+        """Whether bytes on disk are more than a count of parameters."""
+        return self.size == "packed" or bool(self.spec.weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +118,8 @@ def subject_of(task: Task, progress: Progress) -> Subject:
         protect=task.spec.protect,
         channels=task.spec.channels,
         blocks=task.spec.blocks,
+        weights=bool(task.spec.weights),
+        dense_layers=task.spec.dense_layers,
     )
     for refused in anatomy.refused:
         progress.note(f"kept whole: {refused.root} ({refused.reason})")

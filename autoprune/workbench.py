@@ -39,6 +39,7 @@ from autoprune.runtimes import runtime
 from autoprune.searching.measured_prior import one_at_a_time
 from autoprune.searching.scorer import Scorer, Selection
 from autoprune.spaces import resolve
+from autoprune.storage import storage_of
 from autoprune.subject import Subject, batches_of
 from autoprune.verify import Stopwatch
 
@@ -147,10 +148,13 @@ def prepare(
     anchor = Anchor.of(model, batches_of(subject, task.data.calibration_inputs[: samples.recalibrate]))
     stitcher = Stitcher(model, subject.anatomy, bank, anchor=anchor)
     selection = Selection.of(model, batches_of(subject, subject.parts.selection.inputs), kind)
-    space = _ranked_only(space, bank, progress)
-    costs = CostModel(subject.anatomy.architecture, space, table)
+    space = _ranked_only(space, bank, stitcher, progress)
+    storage = None
+    if task.stores_otherwise:
+        storage = stages.timed("storage", lambda: storage_of(model, space, stitcher.editor, task.size))
+    costs = CostModel(subject.anatomy.architecture, space, table, storage=storage)
     priors = stages.timed(
-        "priors", lambda: _priors(subject, space, bank, selection, folder=folder, key=key, progress=progress)
+        "priors", lambda: _priors(subject, space, stitcher, selection, folder=folder, key=key, progress=progress)
     )
     blocks = subject.anatomy.blocks
     fine = RefitSettings(patches=samples.patches * 3 // 2)
@@ -190,7 +194,7 @@ def _bank(subject: Subject, batches: tuple[Tensor, ...], folder: Path, progress:
         max_columns=settings.max_columns,
     )  # fmt: skip
     statistics = observe(
-        subject.model, subject.anatomy, CalibrationData(batches, targets), adders=tuple(runs), settings=settings,
+        subject.model, subject.anatomy, CalibrationData(batches, targets), others=tuple(runs), settings=settings,
         progress=progress,
     )  # fmt: skip
     orders = rank(
@@ -217,12 +221,15 @@ def _classes(subject: Subject, batches: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(answers)
 
 
-def _ranked_only(space: Space, bank: Bank, progress: Progress) -> Space:
+def _ranked_only(space: Space, bank: Bank, stitcher: Stitcher, progress: Progress) -> Space:
     """The space without options whose method could not rank a unit (its layers are too wide for second moments)."""
     entries = []
     for entry in space.entries:
         known = bank.orders.get(entry.unit.name)
         options = entry.options
+        if entry.unit.kind == "weights" and len(options) > 1 and not stitcher.editor.can_edit(entry.unit.layers[0]):
+            options = options[:1]
+            progress.note(f"{entry.unit.name}: too wide for second moments; its weights stay as they are")
         if known is not None:
             options = (options[0], *(option for option in options[1:] if option.method in known))
             if len(options) < len(entry.options):
@@ -232,7 +239,7 @@ def _ranked_only(space: Space, bank: Bank, progress: Progress) -> Space:
 
 
 def _priors(
-    subject: Subject, space: Space, bank: Bank, selection: Selection, *, folder: Path, key: str,
+    subject: Subject, space: Space, stitcher: Stitcher, selection: Selection, *, folder: Path, key: str,
     progress: Progress,
 ) -> dict[str, Harms]:  # fmt: skip
     """Additive harm of every option by each prior, kept beside the bank."""
@@ -244,13 +251,15 @@ def _priors(
     names = ["reconstruction", "second_order", *(["one_at_a_time"] if count else [])]
     if stored is not None:
         return {name: [stored[f"{name}/{unit}"].numpy() for unit in range(len(space.entries))] for name in names}
-    priors: dict[str, Harms] = local_harms(space, bank, subject.model, anatomy=subject.anatomy)
+    priors: dict[str, Harms] = local_harms(
+        space, stitcher.bank, subject.model, anatomy=subject.anatomy, editor=stitcher.editor
+    )
     if count:
         few = Selection(
             batches_of(subject, subject.parts.selection.inputs[:count]), selection.dense[:count], selection.kind
         )
         small = Anchor.of(subject.model, batches_of(subject, subject.task.data.calibration_inputs[:count]))
-        probe = Stitcher(subject.model, subject.anatomy, bank, anchor=small)
+        probe = Stitcher(subject.model, subject.anatomy, stitcher.bank, anchor=small)
         shape = priors["reconstruction"]
         priors["one_at_a_time"] = one_at_a_time(space, probe, few, shape=shape, progress=progress)
     tensors = {f"{name}/{unit}": torch.from_numpy(row) for name in names for unit, row in enumerate(priors[name])}

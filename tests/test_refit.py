@@ -44,7 +44,7 @@ def before_and_after(
     stitcher = Stitcher(bench.subject.model, bench.subject.anatomy, bare, anchor=bench.stitcher.anchor)
     candidate = stitcher.build(half_of_all(bench) if options is None else options)
     before = float(selection.divergences(candidate.model).mean())
-    count = refit(reference, candidate)
+    count = refit(reference, candidate).layers
     after = float(selection.divergences(candidate.model).mean())
     assert_untouched(bench.subject.model, mine)
     return before, after, count

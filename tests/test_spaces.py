@@ -60,7 +60,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         ("methods: [{method: l2}]\nlevel: 4\n", "level: unknown key; did you mean 'levels'"),
         ("methods: [{method: l2, compensat: none}]\n", "compensat: unknown key; did you mean 'compensate'"),
         ("methods: []\n", "methods"),
-        ("levels: 4\n", "methods: is missing"),
+        ("levels: 4\n", "methods: channels need at least one method"),
         ("methods: [{method: l2}]\nlevels: 1\n", "levels"),
         ("methods: [{method: l2}]\nmin_keep: 0\n", "min_keep"),
         ("methods: [{method: l2, compensate: magic}]\n", "least_squares"),

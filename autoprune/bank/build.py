@@ -16,13 +16,16 @@ from torch import Tensor, nn
 
 from autoprune.bank.calibrate import CalibrationSettings, LayerStatistics, calibrate
 from autoprune.bank.depth import Run
-from autoprune.bank.views import unit_view
+from autoprune.bank.sparse import Editor
+from autoprune.bank.views import centred, input_matrix, unit_view
 from autoprune.core.space import Space
 from autoprune.core.unit import Option
 from autoprune.methods import method
 from autoprune.methods.base import Consumer, Method, Need, UnitView
 from autoprune.methods.compensate import least_squares, reconstruction_error
+from autoprune.model.cut import Kept
 from autoprune.model.discover import Anatomy
+from autoprune.model.flow import norm_scale
 from autoprune.progress import Progress
 
 Harms = list[NDArray[np.float64]]
@@ -54,12 +57,13 @@ class CalibrationData:
 
 
 def observe(
-    model: nn.Module, anatomy: Anatomy, data: CalibrationData, *, adders: Collection[str],
+    model: nn.Module, anatomy: Anatomy, data: CalibrationData, *, others: Collection[str],
     settings: CalibrationSettings, progress: Progress,
 ) -> dict[str, LayerStatistics]:  # fmt: skip
-    """The calibration pass: statistics of every layer that reads a unit, and of `adders`, which stand in for blocks."""
+    """The calibration pass: statistics of every layer that reads a unit or is one, and of `others`."""
     readers = [member.layer for group in anatomy.groups for member in group.on("in")]
-    layers = dict.fromkeys((*readers, *adders))
+    weights = [unit.layers[0] for unit in anatomy.units if unit.kind == "weights"]
+    layers = dict.fromkeys((*readers, *weights, *others))
     return calibrate(
         model, tuple(layers), batches=data.batches, targets=data.targets, settings=settings, progress=progress
     )
@@ -98,7 +102,7 @@ def _without_moments(view: UnitView, criterion: Method) -> UnitView:
     )  # fmt: skip
 
 
-def local_harms(space: Space, bank: Bank, model: nn.Module, *, anatomy: Anatomy) -> dict[str, Harms]:
+def local_harms(space: Space, bank: Bank, model: nn.Module, *, anatomy: Anatomy, editor: Editor) -> dict[str, Harms]:
     """Two priors from calibration alone, for every option of `space`.
 
     `reconstruction`: squared error of the consumers' outputs over their dense energy, summed over consumers (a dropped
@@ -123,12 +127,29 @@ def local_harms(space: Space, bank: Bank, model: nn.Module, *, anatomy: Anatomy)
             for index, option in enumerate(entry.options[1:], start=1):
                 kept = bank.kept(entry.unit.name, option)
                 local[:, index] = _errors(view, fishers, option=option, kept=kept, fallback=means)
+        elif entry.unit.kind == "weights":
+            for index, option in enumerate(entry.options[1:], start=1):
+                local[:, index] = _edit_errors(editor, bank, model, layer=entry.unit.layers[0], option=option)
         else:
             last = _last_layer(entry.unit.layers, bank)
             local[:, 1:] = np.array([[1.0], [_whole(last, bank, model) if last else 1.0]])
         harms["reconstruction"].append(local[0])
         harms["second_order"].append(local[1])
     return harms
+
+
+def _edit_errors(editor: Editor, bank: Bank, model: nn.Module, *, layer: str, option: Option) -> tuple[float, float]:
+    """Relative and Fisher-weighted squared error of a layer's outputs when `option` is done to its weights."""
+    module, statistics, norm = model.get_submodule(layer), bank.statistics[layer], bank.norms.get(layer)
+    moments = centred(statistics, shifts=norm is not None or module.bias is not None)
+    assert moments is not None
+    matrix = input_matrix(module)
+    difference = editor.edit(layer, module, option, kept=Kept()).weight.double().flatten(1) - matrix
+    scale = norm_scale(model.get_submodule(norm)) if norm else torch.ones(len(matrix), dtype=torch.float64)
+    error = ((difference @ moments) * difference).sum(1).clamp_min(0.0)
+    energy = ((matrix @ moments) * matrix).sum(1)
+    relative = float((error * scale**2).sum() / (energy * scale**2).sum().clamp_min(1e-30))
+    return relative, float((error * statistics.output_fisher).sum())
 
 
 def _mean_square(statistics: LayerStatistics) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autoprune.model.coupling import CONVOLUTIONS
+from autoprune.model.coupling import CONVOLUTIONS, is_matrix
 
 
 def columns(layer: nn.Module, inputs: Tensor) -> int:
@@ -20,9 +20,7 @@ def columns(layer: nn.Module, inputs: Tensor) -> int:
 
 def is_solvable(layer: nn.Module, max_columns: int) -> bool:
     """Whether a layer's weights are one matrix of at most `max_columns` columns: not grouped, not too wide."""
-    if isinstance(layer, CONVOLUTIONS):
-        return layer.groups == 1 and layer.weight[0].numel() <= max_columns
-    return isinstance(layer, nn.Linear) and layer.in_features <= max_columns
+    return is_matrix(layer) and layer.weight[0].numel() <= max_columns
 
 
 def positions_of(layer: nn.Module, output: Tensor) -> int:

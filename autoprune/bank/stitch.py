@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from autoprune.bank.build import Bank
 from autoprune.bank.depth import Run
 from autoprune.bank.mend import Mender, Solution
+from autoprune.bank.sparse import Edit, Editor, apply_edit
 from autoprune.core.unit import DROP, Option
 from autoprune.model.blocks import Block
 from autoprune.model.coupling import Group
@@ -21,10 +22,12 @@ from autoprune.model.recalibrate import Anchor
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A policy applied: the model, and the plan it was cut by."""
+    """A policy applied: the model, the plan it was cut by, and what was done to the weights inside layers."""
 
     model: nn.Module
     plan: CutPlan
+    edits: Mapping[str, Edit] = field(default_factory=dict)
+    """By layer."""
 
 
 class Stitcher:
@@ -35,13 +38,19 @@ class Stitcher:
         self.anatomy = anatomy
         self.anchor = anchor
         self.norms = bank.norms
-        self._bank = bank
+        self.bank = bank
         self._mender = Mender(model, bank.statistics, norms=bank.norms)
+        self.editor = Editor(model, bank.statistics, norms=bank.norms)
+        self._weights = {unit.name: unit.layers[0] for unit in anatomy.units if unit.kind == "weights"}
 
     def plan(self, options: Mapping[str, Option]) -> CutPlan:
         """What `options` (unit name -> option, kept units left out) mean for each layer."""
         dropped = [block for block in self.anatomy.blocks if options.get(block.name) == DROP]
-        kept = {name: self._bank.kept(name, option) for name, option in options.items() if option != DROP}
+        kept = {
+            name: self.bank.kept(name, option)
+            for name, option in options.items()
+            if option != DROP and name not in self._weights
+        }
         return plan_cut(self.anatomy.widths, self.anatomy.groups, kept=kept, dropped=dropped)
 
     def build(self, options: Mapping[str, Option], *, recalibrate: bool = True) -> Candidate:
@@ -49,14 +58,30 @@ class Stitcher:
         plan = self.plan(options)
         solutions = self._solutions(options, plan)
         model = cut(self.model, plan, {name: solution.mended for name, solution in solutions.items()})
+        edits = self._edit(model, options, plan)
         if recalibrate:
             expected = {
-                self._bank.norms[name]: solution.expected
+                self.bank.norms[name]: solution.expected
                 for name, solution in solutions.items()
-                if solution.expected is not None and name in self._bank.norms
+                if solution.expected is not None and name in self.bank.norms
             }
             self.anchor.mend(model, plan.layers, expected)
-        return Candidate(model, plan)
+        return Candidate(model, plan, edits)
+
+    def edited_layers(self, options: Mapping[str, Option]) -> dict[str, Option]:
+        """Layer to what `options` do to its weights."""
+        return {self._weights[name]: option for name, option in options.items() if name in self._weights}
+
+    def _edit(self, model: nn.Module, options: Mapping[str, Option], plan: CutPlan) -> dict[str, Edit]:
+        """Do to the weights inside layers of our own cut copy what `options` say; in place."""
+        gone = {layer for block in plan.dropped for layer in block.layers}
+        edits: dict[str, Edit] = {}
+        for name, option in self.edited_layers(options).items():
+            if name not in gone:
+                layer = model.get_submodule(name)
+                edits[name] = self.editor.edit(name, layer, option, kept=plan.layers.get(name, Kept()))
+                apply_edit(layer, edits[name])
+        return edits
 
     def _solutions(self, options: Mapping[str, Option], plan: CutPlan) -> dict[str, Solution]:
         """New weights of every layer that reads a unit whose option compensates, or stands in for dropped blocks."""
@@ -68,7 +93,7 @@ class Stitcher:
         }
         dropped = {block.name for block in plan.dropped}
         gone = {layer for block in plan.dropped for layer in block.layers}
-        runs = {layer: _longest(known, dropped) for layer, known in self._bank.runs.items()} if dropped else {}
+        runs = {layer: _longest(known, dropped) for layer, known in self.bank.runs.items()} if dropped else {}
         solutions: dict[str, Solution] = {}
         for name in mending | {layer for layer, run in runs.items() if run is not None}:
             if name in gone:

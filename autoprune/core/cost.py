@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 from pydantic import BaseModel, ConfigDict
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """How many bytes things take on disk."""
+
+    rates: Mapping[str, Sequence[float]]
+    """For each `weights` unit, bytes a weight under each of its options."""
+    dense_bytes: float | None = None
+    """The dense model's file, where it is not the plain sum of its tensors."""
 
 
 class SignatureCost(BaseModel):

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from autoprune.core.unit import Compensate, Kind, Option
+from autoprune.core.pattern import parse_pattern
+from autoprune.core.unit import Bits, Compensate, Kind, Option, SizeOf
 
 FORMAT: Final = 1
 
@@ -26,13 +27,18 @@ class _Value(BaseModel):
 
 
 class UnitDecision(_Value):
-    """What happens to one unit: `keep` of its `of` channels by `method`, or the block dropped (keep 0 of 1)."""
+    """What happens to one unit: `keep` of its `of` channels or weights by `method`, or the block dropped (keep 0 of 1).
+
+    Zeros in a layer's weights follow `pattern` (`2:4`, `70%`, `4x1 50%`); `bits` says how they are stored.
+    """
 
     kind: Kind
     method: str
     keep: int = Field(ge=0)
     of: int = Field(ge=1)
     compensate: Compensate = "none"
+    pattern: str = ""
+    bits: Bits = 32
 
     @model_validator(mode="after")
     def _consistent(self) -> UnitDecision:
@@ -42,12 +48,16 @@ class UnitDecision(_Value):
             raise ValueError("at least one channel must stay (keep: 1)")
         if self.kind == "block" and self.of != 1:
             raise ValueError("a block is one thing (of: 1)")
+        if self.kind != "weights" and (self.pattern or self.bits != 32):
+            raise ValueError("a pattern and bits belong to weights (kind: weights)")
+        if self.pattern:
+            parse_pattern(self.pattern)
         return self
 
     @property
     def option(self) -> Option:
         """The same as an option of a space."""
-        return Option(self.method, self.keep, self.compensate)
+        return Option(self.method, self.keep, self.compensate, self.pattern, self.bits)
 
 
 class ModelIdentity(_Value):
@@ -121,6 +131,8 @@ class Policy(_Value):
     model: ModelIdentity | None = None
     target: TargetRecord | None = None
     budget: dict[str, str] = Field(default_factory=dict)
+    size: SizeOf = "plain"
+    """What a budget on size counts: the state as it is, or the packed file."""
     floor: dict[str, float] = Field(default_factory=dict)
     evidence: Evidence | None = None
     weights: str | None = None

@@ -5,8 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["channels", "block"]
+Kind = Literal["channels", "block", "weights"]
 Compensate = Literal["none", "least_squares"]
+Bits = Literal[8, 32]
+"""How a layer's weights are stored: integers with one scale an output, or floats."""
+
+SizeOf = Literal["plain", "packed"]
+"""What is counted as a model's size: the bytes of its tensors, or the packed file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,8 +19,8 @@ class Unit:
     """The smallest thing a policy decides about.
 
     A `channels` unit is named by the root layer of a group of coupled channels and has `width` of them; a `block`
-    unit is named by its module and has width 1. `layers` are all layers it touches; `parent` is the block unit whose
-    removal makes this unit moot.
+    unit is named by its module and has width 1; a `weights` unit is named by one layer's weight (`fc1.weight`) and has
+    `width` of them. `layers` are all layers it touches; `parent` is the block unit whose removal makes this unit moot.
     """
 
     name: str
@@ -29,16 +34,22 @@ class Unit:
 class Option:
     """One thing done to one unit: `method` chooses which `keep` of its channels stay, `compensate` mends the rest.
 
-    The method `keep` leaves the unit as it is; the method `drop` removes a block (keep 0).
+    The method `keep` leaves the unit as it is; the method `drop` removes a block (keep 0). Of a `weights` unit the
+    `keep` weights stay that `pattern` leaves (`2:4`, `70%`, ...; empty: all, method `dense`), stored in `bits`.
     """
 
     method: str
     keep: int
     compensate: Compensate = "none"
+    pattern: str = ""
+    bits: Bits = 32
 
     @property
     def label(self) -> str:
-        """A short name, unique within a unit: `obs+least_squares:12`."""
+        """A short name, unique within a unit: `obs+least_squares:12`, `sparsegpt 2:4 int8`."""
+        if self.pattern or self.bits < 32:
+            parts = (self.method, self.pattern, f"int{self.bits}" if self.bits < 32 else "")
+            return " ".join(part for part in parts if part)
         return f"{self.method}{'+' + self.compensate if self.compensate != 'none' else ''}:{self.keep}"
 
 

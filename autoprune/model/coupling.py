@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 import torch_pruning
@@ -61,6 +61,11 @@ class Refused:
 def is_depthwise(layer: nn.Module) -> bool:
     """Whether every output of a convolution reads exactly one input of its own."""
     return isinstance(layer, CONVOLUTIONS) and layer.groups == layer.in_channels == layer.out_channels > 1
+
+
+def is_matrix(layer: nn.Module) -> TypeGuard[nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear]:
+    """Whether a layer's weights are one matrix: a linear layer, or a convolution without groups."""
+    return isinstance(layer, nn.Linear) or (isinstance(layer, CONVOLUTIONS) and layer.groups == 1)
 
 
 def coupled_groups(model: nn.Module, example: Tensor) -> tuple[tuple[Group, ...], tuple[Refused, ...]]:

@@ -7,6 +7,7 @@ two differ, the group that is wrong is found and refused. A wrong cut never leav
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -17,9 +18,10 @@ from autoprune.core.architecture import Architecture
 from autoprune.core.unit import Unit
 from autoprune.errors import ConfigError, ModelError, near_miss
 from autoprune.model.blocks import Block, droppable_blocks
-from autoprune.model.coupling import Group, Refused, coupled_groups
+from autoprune.model.coupling import Group, Refused, coupled_groups, is_matrix
 from autoprune.model.cut import cut, plan_cut, side_widths
 from autoprune.model.describe import describe
+from autoprune.model.observe import calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +41,19 @@ class Anatomy:
 
 
 def discover(
-    model: nn.Module, example: Tensor, *, protect: Sequence[str] = (), channels: bool = True, blocks: bool = True
-) -> Anatomy:
+    model: nn.Module, example: Tensor, *, protect: Sequence[str] = (), channels: bool = True, blocks: bool = True,
+    weights: bool = False, dense_layers: Sequence[str] = (),
+) -> Anatomy:  # fmt: skip
     """All units of `model` but those that `protect`'s globs name by any of their layers.
 
+    With `weights`, also one for the weights inside each layer that is one matrix, but for `dense_layers` (globs).
     `example` is a small batch of real data. Raises ConfigError for a glob that matches nothing, ModelError when the
     model cannot be traced or nothing in it can be pruned.
     """
     names = [name for name, _ in model.named_modules() if name]
-    for glob in protect:
+    for key, glob in (*(("protect", glob) for glob in protect), *(("dense_layers", glob) for glob in dense_layers)):
         if not fnmatch.filter(names, glob):
-            raise ConfigError(f"space.protect: {glob!r} matches no module of the model; {near_miss(glob, names)}")
+            raise ConfigError(f"space.{key}: {glob!r} matches no module of the model; {near_miss(glob, names)}")
     groups, refused = coupled_groups(model, example) if channels else ((), ())
     protected = [Refused(group.root, "protected") for group in groups if _is_protected(_layers_of(group), protect)]
     groups = tuple(group for group in groups if not _is_protected(_layers_of(group), protect))
@@ -58,6 +62,8 @@ def discover(
     found = tuple(block for block in found if not _is_protected((block.name, *block.layers), protect))
     order = {name: position for position, (name, _) in enumerate(model.named_modules())}
     units = sorted((*_channel_units(groups, found), *_block_units(found)), key=lambda unit: order[unit.name])
+    if weights:
+        units += _weight_units(model, example, found, dense=(*protect, *dense_layers))
     if not units:
         reasons = "; ".join(f"{entry.root}: {entry.reason}" for entry in (*refused, *protected, *wrong))
         raise ModelError(f"nothing in this model can be pruned ({reasons or 'no convolution or linear layer found'})")
@@ -90,6 +96,20 @@ def _channel_units(groups: Sequence[Group], blocks: Sequence[Block]) -> list[Uni
 
 def _block_units(blocks: Sequence[Block]) -> list[Unit]:
     return [Unit(block.name, "block", 1, block.layers) for block in blocks]
+
+
+def _weight_units(model: nn.Module, example: Tensor, blocks: Sequence[Block], *, dense: Sequence[str]) -> list[Unit]:
+    """One for each layer that runs once and is one matrix, in execution order."""
+    modules = dict(model.named_modules())
+    runs = Counter(call.name for call in calls(model, example))
+    units = []
+    for name, times in runs.items():
+        layer = modules[name]
+        if times > 1 or not is_matrix(layer) or _is_protected((name,), dense):
+            continue
+        parent = next((block.name for block in blocks if name in block.layers), None)
+        units.append(Unit(f"{name}.weight", "weights", layer.weight.numel(), (name,), parent))
+    return units
 
 
 def _tested(

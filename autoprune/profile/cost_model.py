@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from autoprune.core.architecture import Architecture, Layer
 from autoprune.core.budget import Metric
-from autoprune.core.cost import LatencyTable
+from autoprune.core.cost import LatencyTable, Storage
 from autoprune.core.space import Choice, Space
 from autoprune.core.unit import Unit
 from autoprune.profile.features import FEATURES
@@ -32,13 +32,13 @@ class LayerCosts:
     constant: float
     block: int
     terms: Mapping[str, Array]
-    """Feature name -> (L,) coefficients >= 0."""
+    """Feature name -> coefficients >= 0, (L,), or (P, L) where they depend on the choice."""
 
     def at(self, inputs: Array, outputs: Array, layers: NDArray[np.intp] | slice = slice(None)) -> Array:
         """Each layer's cost when it is there, elementwise; `layers` says which layer each last-axis entry is."""
         total = np.zeros_like(inputs)
         for name, coefficients in self.terms.items():
-            total += coefficients[layers] * FEATURES[name].of(inputs, outputs, self.block)
+            total += coefficients[..., layers] * FEATURES[name].of(inputs, outputs, self.block)
         return total
 
     def total(self, widths: Widths) -> Array:
@@ -59,18 +59,45 @@ class _Neighbours:
     """(U + 1,) first row of each unit."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Stored:
+    """The layers whose weights a unit of the space may store otherwise: W of them."""
+
+    unit: NDArray[np.intp]
+    layer: NDArray[np.intp]
+    rates: tuple[Array, ...]
+    """For each, bytes a weight by option of its unit."""
+
+    def rates_at(self, choices: Choices) -> Array:
+        """Bytes a weight of each for `choices` (P, U): (P, W)."""
+        columns = [rates[choices[:, unit]] for unit, rates in zip(self.unit, self.rates, strict=True)]
+        return np.stack(columns, axis=1) if columns else np.zeros((len(choices), 0))
+
+
 @final
 class CostModel:
-    """Costs of the choices of one space on one target. Immutable. Without a table there is no latency."""
+    """Costs of the choices of one space on one target. Immutable. Without a table there is no latency.
 
-    def __init__(self, architecture: Architecture, space: Space, table: LatencyTable | None = None) -> None:
+    `storage` says how many bytes a weight takes on disk under each option of its unit; without, 4.
+    """
+
+    def __init__(
+        self, architecture: Architecture, space: Space, table: LatencyTable | None = None, *,
+        storage: Storage | None = None,
+    ) -> None:  # fmt: skip
         self.architecture = architecture
         self.space = space
         self.table = table
         self._map = WidthMap.of(architecture, space)
         self._costs = _price_lists(architecture, self._map, table)
+        self.storage = storage
+        self._stored = _stored(architecture, space, storage.rates if storage else None)
         self._blocks = tuple(index for index, unit in enumerate(space.units) if unit.kind == "block")
         self._neighbours = _neighbours(space, self._map)
+        if storage is not None and storage.dense_bytes is not None:
+            size = self._costs["size"]
+            extra = storage.dense_bytes - self.cost("size", space.dense)
+            self._costs["size"] = LayerCosts(size.constant + extra, size.block, size.terms)
         dense = {metric: self.cost(metric, space.dense) for metric in self._costs}
         if table is not None:
             dense["latency"] = table.dense_s  # measured, so free of the correction that predictions get
@@ -78,7 +105,8 @@ class CostModel:
 
     def evaluate(self, metric: Metric, choices: Choices) -> Array:
         """Costs (P,) of choices (P, U), in the metric's own unit: seconds, MACs for one sample, parameters, bytes."""
-        return self._list(metric).total(self._map.at(np.asarray(choices, dtype=np.int64)))
+        rows = np.asarray(choices, dtype=np.int64)
+        return self._list(metric, rows).total(self._map.at(rows))
 
     def cost(self, metric: Metric, choice: Choice) -> float:
         """The cost of one choice."""
@@ -89,30 +117,38 @@ class CostModel:
 
         What is inside a block that `incumbent` drops changes nothing; a block's drop saves what its inside costs now.
         """
-        costs, flat = self._list(metric), self._neighbours
         raw = as_array(incumbent)
+        costs, flat = self._list(metric, raw), self._neighbours
         normal = self._map.normal(raw)
         now = self._map.at(normal)
         live = now.present[0, flat.layer] * ~self._map.moot(raw)[0, flat.unit]
         step = flat.keep - self._map.keeps[flat.unit, normal[0, flat.unit]]
         inputs = now.inputs[0, flat.layer] + step * self._map.input_times[flat.unit, flat.layer]
         outputs = now.outputs[0, flat.layer] + step * self._map.output_times[flat.unit, flat.layer]
-        before = costs.at(now.inputs[0], now.outputs[0])[flat.layer]
-        change = (costs.at(inputs, outputs, flat.layer) - before) * live
+        before = costs.at(now.inputs, now.outputs)[0, flat.layer]
+        change = (costs.at(inputs[None], outputs[None], flat.layer)[0] - before) * live
         rows: Array = np.bincount(flat.row, weights=change, minlength=int(flat.starts[-1])).astype(np.float64)
         changes = np.split(rows, flat.starts[1:-1])
         for unit, change_of_block in self._block_changes(metric, incumbent):
             changes[unit] = change_of_block
+        if metric == "size":
+            self._restore(changes, raw, now)
         return changes
+
+    def _restore(self, changes: list[Array], incumbent: Choices, now: Widths) -> None:
+        """Put in how bytes change when a layer's weights are stored otherwise."""
+        weights = self._costs["size"].terms["macs"] / BYTES_PER_PARAMETER * (now.inputs * now.outputs * now.present)[0]
+        for unit, layer, rates in zip(self._stored.unit, self._stored.layer, self._stored.rates, strict=True):
+            changes[unit] = (rates - rates[incumbent[0, unit]]) * weights[layer]
 
     def cheapest_choice(self, metric: Metric) -> Choice:
         """The choice that costs least. Counted metrics: the narrowest option everywhere, exactly.
 
         A narrow ragged width can take longer than a wider aligned one, so latency descends from there, unit by unit.
         """
-        self._list(metric)
         choice = self.space.normal(tuple(size - 1 for size in self.space.sizes))
-        if metric != "latency":
+        self._list(metric, as_array(choice))
+        if metric != "latency" and not (metric == "size" and len(self._stored.unit)):
             return choice
         lower = self._descended(metric, choice)
         while self.cost(metric, lower) < self.cost(metric, choice) * (1 - _GAIN):
@@ -134,8 +170,11 @@ class CostModel:
 
     def is_additive(self, metric: Metric) -> bool:
         """Whether one linearisation is exact everywhere: no two units share a layer, but for a block and its inside."""
-        priced = sum(self._list(metric).terms.values(), np.zeros(len(self.architecture.layers))) > 0
+        prices = self._list(metric, as_array(self.space.dense)).terms.values()
+        priced = sum((terms.reshape(-1) for terms in prices), np.zeros(len(self.architecture.layers))) > 0
         touching = (self._map.input_times + self._map.output_times > 0) & priced  # (U, L)
+        if metric == "size":
+            touching[self._stored.unit, self._stored.layer] = True
         return bool((touching.sum(axis=0) <= 1).all())
 
     def _descended(self, metric: Metric, choice: Choice) -> Choice:
@@ -155,10 +194,16 @@ class CostModel:
         costs = self.evaluate(metric, neighbours)
         return list(zip(self._blocks, np.split(costs[1:] - costs[0], np.cumsum(sizes)[:-1]), strict=True))
 
-    def _list(self, metric: Metric) -> LayerCosts:
+    def _list(self, metric: Metric, choices: Choices) -> LayerCosts:
+        """The prices at `choices` (P, U); the same for all but of bytes."""
         if metric not in self._costs:
             raise ValueError(f"no {metric} without a measured table")
-        return self._costs[metric]
+        costs = self._costs[metric]
+        if metric != "size" or not len(self._stored.unit):
+            return costs
+        pairs = np.repeat(costs.terms["macs"][None], len(choices), axis=0)  # (P, L)
+        pairs[:, self._stored.layer] *= self._stored.rates_at(choices) / BYTES_PER_PARAMETER
+        return LayerCosts(costs.constant, costs.block, {**costs.terms, "macs": pairs})
 
 
 def _price_lists(architecture: Architecture, widths: WidthMap, table: LatencyTable | None) -> dict[Metric, LayerCosts]:
@@ -212,6 +257,16 @@ def _latency(layers: Sequence[Layer], widths: WidthMap, table: LatencyTable) -> 
         coefficients = [prices.get(layer.signature, {}).get(name, 0.0) for layer in layers]
         terms[name] = scale * np.asarray(coefficients) / feature.full(dense.inputs, dense.outputs)[0]
     return LayerCosts(scale * table.base, table.channel_block, terms)
+
+
+def _stored(architecture: Architecture, space: Space, rates: Mapping[str, Sequence[float]] | None) -> _Stored:
+    places = {layer.name: index for index, layer in enumerate(architecture.layers)}
+    units = [index for index, unit in enumerate(space.units) if unit.kind == "weights" and rates is not None]
+    return _Stored(
+        np.asarray(units, dtype=np.intp),
+        np.asarray([places[space.units[unit].layers[0]] for unit in units], dtype=np.intp),
+        tuple(np.asarray((rates or {})[space.units[unit].name], dtype=np.float64) for unit in units),
+    )
 
 
 def _neighbours(space: Space, widths: WidthMap) -> _Neighbours:

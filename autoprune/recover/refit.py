@@ -11,7 +11,7 @@ Layer-wise reconstruction with accumulated error: arXiv:1707.06168, section 3.2.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.bank.patches import is_solvable, positions_of, sampled_outputs, sampled_patches
+from autoprune.bank.sparse import Edit, Reading, edited
 from autoprune.bank.stitch import Candidate
+from autoprune.core.unit import Option
 from autoprune.model.additions import Link, links, stand_in, watching_additions
 from autoprune.model.blocks import Block
 from autoprune.model.coupling import CONVOLUTIONS, NORMS
@@ -76,6 +78,12 @@ class _Normal:
         self.cross = self.cross + (wide.T @ targets).double()
         self.count += len(inputs)
 
+    def reading(self, scale: Tensor) -> Reading:
+        """What the layer reads, in a form that its weights can be edited by."""
+        gram = torch.as_tensor(self.gram) / self.count
+        mean = gram[:-1, -1]  # zeros without a constant
+        return Reading(gram[:-1, :-1] - torch.outer(mean, mean), mean, scale)
+
     def solve(self, before: Tensor, ridge: float) -> Tensor:
         """Rows (columns + 1, outputs) nearest to the targets, `before` being what the ridge pulls to."""
         gram, cross = torch.as_tensor(self.gram) / self.count, torch.as_tensor(self.cross) / self.count
@@ -107,13 +115,26 @@ class Reference:
         return cls(model, _within_memory(model, batches), norms, found, settings or RefitSettings())
 
 
-def refit(reference: Reference, candidate: Candidate) -> int:
-    """Solve the layers of `candidate` (our own cut copy) in place, in execution order. Returns how many."""
-    sites = _sites(reference, candidate.plan, candidate.model)
+@dataclass(frozen=True, slots=True)
+class Refitted:
+    """How many layers were solved, and what was done again to the weights inside them, by layer."""
+
+    layers: int
+    edits: dict[str, Edit]
+
+
+def refit(reference: Reference, candidate: Candidate, *, edits: Mapping[str, Option] | None = None) -> Refitted:
+    """Solve the layers of `candidate` (our own cut copy) in place, in execution order.
+
+    `edits` says what is to be done to the weights inside layers (zeros, integers): each is solved and then edited on
+    what really reaches it.
+    """
+    wanted = edits or {}
+    sites = _sites(reference, candidate.plan, candidate.model, edited=wanted)
     with torch.no_grad():
         targets = _dense_targets(reference, sites, candidate.plan)
-        _solve_in_passing(reference, candidate.model, sites, targets)
-    return len(sites)
+        done = _solve_in_passing(reference, candidate.model, sites, targets, wanted)
+    return Refitted(len(sites), done)
 
 
 def _within_memory(model: nn.Module, batches: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -127,8 +148,8 @@ def _within_memory(model: nn.Module, batches: Sequence[Tensor]) -> tuple[Tensor,
     return tuple(kept)
 
 
-def _sites(reference: Reference, plan: CutPlan, model: nn.Module) -> list[Site]:
-    """Layers to solve, in execution order: those with cut inputs, and every branch that is added to a shortcut."""
+def _sites(reference: Reference, plan: CutPlan, model: nn.Module, *, edited: Collection[str]) -> list[Site]:
+    """Layers to solve, in execution order: those with cut inputs or edits, and every branch added to a shortcut."""
     tails = {norm: layer for layer, norm in reference.norms.items()}
     modules = dict(model.named_modules())
     run = dict.fromkeys(call.name for call in calls(model, reference.batches[0][:2]))  # in execution order
@@ -141,7 +162,7 @@ def _sites(reference: Reference, plan: CutPlan, model: nn.Module) -> list[Site]:
         kept = plan.layers.get(name)
         if tail is not None and plan.layers.get(tail, Kept()).outputs is None:
             sites.append(Site(name, norm, stand_in(reference.links, tail, dropped), added=True))
-        elif kept is not None and kept.inputs is not None:
+        elif name in edited or (kept is not None and kept.inputs is not None):
             sites.append(Site(name, norm, norm or name, added=False))
     return sites
 
@@ -184,14 +205,21 @@ def _dense_targets(reference: Reference, sites: Sequence[Site], plan: CutPlan) -
 
 
 def _solve_in_passing(
-    reference: Reference, model: nn.Module, sites: Sequence[Site], targets: Mapping[str, Sequence[Tensor]]
-) -> None:
-    """Refit every site of the candidate, in one forward pass of all images."""
+    reference: Reference, model: nn.Module, sites: Sequence[Site], targets: Mapping[str, Sequence[Tensor]],
+    wanted: Mapping[str, Option],
+) -> dict[str, Edit]:  # fmt: skip
+    """Refit every site of the candidate, in one forward pass of all images. What was done inside layers, by layer."""
+    done: dict[str, Edit] = {}
     branches: dict[str, _Branch] = {}
     by_tail = {site.tail: site for site in sites if site.added}
     each = _each(reference)
     ends = np.cumsum([len(batch) for batch in reference.batches]).tolist()
     chunks = [slice(end - len(batch), end) for end, batch in zip(ends, reference.batches, strict=True)]
+
+    def solve(site: Site, patches: Sequence[Tensor], aim: Sequence[Tensor]) -> None:
+        edit = _solve(model, site, patches, aim, ridge=reference.settings.ridge, option=wanted.get(site.layer))
+        if edit is not None:
+            done[site.layer] = edit
 
     def entered(site: Site, inputs: Tensor, output: Tensor) -> Tensor | None:
         layer = model.get_submodule(site.layer)
@@ -201,7 +229,7 @@ def _solve_in_passing(
         if site.added:
             branches[site.tail] = _Branch(inputs.clone(), patches, chosen)
             return None
-        _solve(model, site, patches, targets[site.layer], reference.settings.ridge)
+        solve(site, patches, targets[site.layer])
         return _rerun(layer, inputs)
 
     def added(tail: str, branch: Tensor, total: Tensor) -> None:
@@ -210,17 +238,18 @@ def _solve_in_passing(
             return
         layer = model.get_submodule(site.layer)
         rest = total - branch
-        wanted = [
+        aim = [
             target - sampled_outputs(layer, rest[chunk], at)
             for target, chunk, at in zip(targets[site.layer], chunks, known.chosen, strict=True)
         ]
-        _solve(model, site, known.patches, wanted, reference.settings.ridge)
+        solve(site, known.patches, aim)
         solved = _rerun(layer, known.inputs)
         total.copy_(rest + (_rerun(model.get_submodule(site.norm), solved) if site.norm else solved))
 
     hooks = {site.layer: partial(entered, site) for site in sites}
     with watching(model, hooks), watching_additions(model, dict.fromkeys(by_tail, 0), added):
         model(torch.cat(reference.batches))
+    return done
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,16 +267,21 @@ def _rerun(module: nn.Module, inputs: Tensor) -> Tensor:
     return output
 
 
-def _solve(model: nn.Module, site: Site, patches: Sequence[Tensor], targets: Sequence[Tensor], ridge: float) -> None:
+def _solve(
+    model: nn.Module, site: Site, patches: Sequence[Tensor], targets: Sequence[Tensor], *, ridge: float,
+    option: Option | None,
+) -> Edit | None:  # fmt: skip
     layer = model.get_submodule(site.layer)
     norm = model.get_submodule(site.norm) if site.norm else None
     normal = _Normal(constant=norm is not None or layer.bias is not None)
     for inputs, wanted in zip(patches, targets, strict=True):
         normal.see(inputs, wanted)
-    _write(layer, norm, normal, ridge)
+    return _write(layer, norm, normal, ridge, option)
 
 
-def _write(layer: nn.Module, norm: nn.Module | None, normal: _Normal, ridge: float) -> None:
+def _write(
+    layer: nn.Module, norm: nn.Module | None, normal: _Normal, ridge: float, option: Option | None
+) -> Edit | None:
     """Put the solution into the layer and, for the constant, into its norm's shift or its own bias."""
     assert isinstance(layer, (*CONVOLUTIONS, nn.Linear))
     weight = layer.weight.detach()
@@ -261,11 +295,17 @@ def _write(layer: nn.Module, norm: nn.Module | None, normal: _Normal, ridge: flo
     before = torch.cat((weight.double().flatten(1) * scale[:, None], constant[:, None]), 1).T
     solved = normal.solve(before, ridge)
     if not bool(torch.isfinite(solved).all()):
-        return
+        return None
     layer.weight.data = (solved[:-1].T / scale[:, None]).reshape(weight.shape).to(weight.dtype)
+    edit = None
+    if option is not None:
+        edit = edited(layer.weight.detach(), normal.reading(scale), option, seed=0)
+        layer.weight.data = edit.weight.clone()
+        solved[-1] += scale * edit.shift if normal.constant else 0.0
     difference = solved[-1] - constant
     if isinstance(norm, NORMS):
         assert norm.running_mean is not None
         norm.running_mean = (norm.running_mean.double() - difference / scale).to(norm.running_mean.dtype)
     elif layer.bias is not None:
         layer.bias.data = solved[-1].to(weight.dtype)
+    return edit

@@ -1,4 +1,7 @@
-"""What a search must beat at the same budget: uniform pruning, and global magnitude pruning."""
+"""What a search must beat at the same budget: uniform pruning, and global magnitude pruning.
+
+Both for channels, and for zeros inside layers where a space has them (all other units are kept then).
+"""
 
 from __future__ import annotations
 
@@ -55,8 +58,60 @@ def global_magnitude(
     return as_choice(at(high))
 
 
+def uniform_sparsity(problem: Problem, *, method: str, bits: int) -> Choice | None:
+    """The least common sparsity inside all layers that fits, by one sparsifier; None when nothing fits."""
+    menu = _sparse_menu(problem, method, bits)
+    if not menu:
+        return None
+    fractions = np.unique(np.concatenate([keeps / keeps[0] for keeps, _ in menu.values()]))[::-1]
+    choices = np.array([_by_unit(problem, menu, _shares(menu, float(ratio))) for ratio in fractions])
+    fitting = np.flatnonzero(problem.fits_each(choices))
+    return as_choice(choices[fitting[0]]) if len(fitting) else None
+
+
+def global_sparsity(
+    problem: Problem, weights: Mapping[str, Floats], *, method: str = "magnitude", bits: int
+) -> Choice | None:
+    """One threshold on absolute values for the weights of all layers, the lowest that fits.
+
+    `weights` holds the absolute values of each `weights` unit. A unit takes its densest option of this method with at
+    most the weights that stay. None when nothing fits.
+    """
+    menu = {u: entry for u, entry in _sparse_menu(problem, method, bits).items() if _name(problem, u) in weights}
+    if not menu:
+        return None
+    ordered = {unit: np.sort(weights[_name(problem, unit)]) for unit in menu}
+    levels = np.quantile(np.concatenate(list(ordered.values())), np.linspace(0, 1, _THRESHOLDS))
+
+    def at(level: float) -> Ints:
+        staying = {unit: float(len(v) - np.searchsorted(v, level, side="right")) for unit, v in ordered.items()}
+        return _by_unit(problem, menu, staying)
+
+    choices = np.array([at(level) for level in [-1.0, *levels.tolist()]])
+    fitting = np.flatnonzero(problem.fits_each(choices))
+    return as_choice(choices[fitting[0]]) if len(fitting) else None
+
+
+def _sparse_menu(problem: Problem, method: str, bits: int) -> _Menu:
+    """Options inside layers in `bits`: all weights, then fewer by `method`."""
+    menu: _Menu = {}
+    for unit, entry in enumerate(problem.space.entries):
+        if entry.unit.kind != "weights":
+            continue
+        indices = [
+            index
+            for index, option in enumerate(entry.options)
+            if option.bits == bits and option.method in (method, "dense", "keep")
+        ]
+        if indices:
+            keeps = [entry.options[index].keep for index in indices]
+            menu[unit] = (np.array(keeps, dtype=np.int64), np.array(indices, dtype=np.int64))
+    return menu
+
+
+_THRESHOLDS = 1001
 _Menu = dict[int, tuple[Ints, Ints]]
-"""For a channel unit: (widths, option indices), widest first; the first is the unit left whole."""
+"""For a unit: (widths or weights kept, option indices), most first; the first is the unit left whole."""
 
 
 def _menu(problem: Problem, method: str, compensate: Compensate) -> _Menu:
