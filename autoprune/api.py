@@ -9,12 +9,13 @@ from tempfile import mkdtemp
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from autoprune.apply import apply
 from autoprune.config import Config, save_run
 from autoprune.core.budget import Budget, parse_budgets, parse_fraction
-from autoprune.core.outcome import OutcomeRecord, UnitRecord, VerifyRecord
+from autoprune.core.outcome import OutcomeRecord, PackedItem, PackedRecord, UnitRecord, VerifyRecord
 from autoprune.core.policy import Measured, Policy
 from autoprune.core.target import Target
 from autoprune.core.unit import SizeOf
@@ -28,6 +29,7 @@ from autoprune.files import read_policy, write_bytes, write_policy, write_text
 from autoprune.goal import Floor, Plan, check_goal, resolve_limits
 from autoprune.loading import load_data, load_factory, load_model
 from autoprune.model.describe import macs_of
+from autoprune.packing.archive import inventory, unpack
 from autoprune.progress import Progress, Silent
 from autoprune.pursue import Found, fastest, pursue
 from autoprune.report.html import render
@@ -141,6 +143,22 @@ def apply_policy(
     return write_model(
         applied, example=subject.example, factory=config.model, source=folder, folder=output,
         progress=progress,
+    )  # fmt: skip
+
+
+def unpack_file(path: Path, output: Path) -> PackedRecord:
+    """Write the tensors of a packed model as safetensors, bit for bit. Raises ModelError for a damaged file."""
+    content = path.read_bytes()
+    known, tensors = inventory(content, name=str(path)), unpack(content, name=str(path)).tensors
+    write_bytes(output, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    items = [
+        PackedItem(name=i.name, kind=i.kind, shape=i.shape, stored_bytes=i.stored_bytes, shannon_bytes=i.shannon_bytes)
+        for i in known.items
+    ]
+    plain = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return PackedRecord(
+        items=tuple(items), overhead_bytes=known.overhead_bytes, size_bytes=known.size_bytes, plain_bytes=plain,
+        written=str(output),
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from autoprune import __version__
 from autoprune.config import FILE_NAME, Config, demo_config, json_schema, load_config, load_run
-from autoprune.core.outcome import OutcomeRecord, UnitRecord, VerifyRecord
+from autoprune.core.outcome import OutcomeRecord, PackedRecord, UnitRecord, VerifyRecord
 from autoprune.core.policy import Policy
 from autoprune.display import Mode, fail, make_display
 from autoprune.errors import AutopruneError, MissedError, RunError
@@ -157,6 +157,20 @@ def apply(
     for kind, path in written.items():
         display.show(text.line(f"{kind}: {path}"))
     display.result({"written": {kind: str(path) for kind, path in written.items()}})
+
+
+@command
+def unpack(
+    file: Annotated[Path, typer.Argument(help="A packed model (model.packed).", show_default=False)],
+    *,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("unpacked.safetensors"),
+    mode: Mode,
+) -> None:
+    """Write the tensors of a packed model as safetensors, bit for bit, and say what takes how many bytes."""
+    record: PackedRecord = _api().unpack_file(file, output)
+    display = make_display(mode)
+    display.show(text.packed_view(record))
+    display.result({"packed": _json(record)})
 
 
 @command

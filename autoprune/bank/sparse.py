@@ -60,7 +60,7 @@ def edited(weight: Tensor, reading: Reading, option: Option, *, seed: int) -> Ed
     if option.pattern:
         generator = torch.Generator().manual_seed(seed)
         new = sparsifier(option.method).sparsify(view, parse_pattern(option.pattern), generator)
-    stored = quantise(LayerView(new, view.moments, view.inputs)) if option.bits < 32 else None
+    stored = quantise(LayerView(new, view.moments, view.inputs), bits=option.bits) if option.bits < 32 else None
     final = _restored(new if stored is None else stored.weight, order)
     shift = (weight.double().flatten(1) - final.double()) @ reading.mean
     whole = final.to(weight.dtype).reshape(weight.shape)

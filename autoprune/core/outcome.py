@@ -79,3 +79,24 @@ class VerifyRecord(_Value):
     pruned: Measured
     budget: str
     floor: str
+
+
+class PackedItem(_Value):
+    """What one tensor of a packed model takes."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    stored_bytes: int
+    shannon_bytes: float
+    """The least that a coder of independent symbols could reach."""
+
+
+class PackedRecord(_Value):
+    """Where the bytes of a packed model go, and where it was unpacked to."""
+
+    items: tuple[PackedItem, ...]
+    overhead_bytes: int
+    size_bytes: int
+    plain_bytes: int
+    written: str

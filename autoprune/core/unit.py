@@ -7,8 +7,8 @@ from typing import Literal
 
 Kind = Literal["channels", "block", "weights"]
 Compensate = Literal["none", "least_squares"]
-Bits = Literal[8, 32]
-"""How a layer's weights are stored: integers with one scale an output, or floats."""
+Bits = Literal[3, 4, 5, 6, 8, 32]
+"""How a layer's weights are stored: integers of so many bits with one scale an output, or floats."""
 
 SizeOf = Literal["plain", "packed"]
 """What is counted as a model's size: the bytes of its tensors, or the packed file."""

@@ -8,7 +8,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from autoprune.core.outcome import OutcomeRecord, UnitRecord, VerifyRecord
+from autoprune.core.outcome import OutcomeRecord, PackedRecord, UnitRecord, VerifyRecord
 from autoprune.core.policy import Measured, Policy, UnitDecision
 from autoprune.report import numbers
 
@@ -47,6 +47,18 @@ def outcome_view(outcome: OutcomeRecord) -> RenderableType:
     if outcome.baselines and not outcome.beats_baselines:
         parts.append(Text("A baseline scored better on the held-out data; see its row, and mind ±.", style="yellow"))
     return Group(*parts)
+
+
+def packed_view(record: PackedRecord) -> RenderableType:
+    """A packed model: every tensor's bytes beside the Shannon bound, and the whole file."""
+    table = _table("tensor", "stored as", "shape", numeric=("bytes", "bound", "above"))
+    for item in record.items:
+        above = item.stored_bytes / item.shannon_bytes - 1 if item.shannon_bytes else 0.0
+        bound = f"{item.shannon_bytes:,.0f}"
+        shape = "x".join(map(str, item.shape)) or "one"
+        table.add_row(Text(item.name), item.kind, shape, f"{item.stored_bytes:,}", bound, f"{100 * above:.1f} %")
+    whole = f"{record.size_bytes:,} bytes, {record.overhead_bytes:,} of them header; {record.plain_bytes:,} as tensors"
+    return Group(table, Text(whole, style="bold"), Text(f"written: {record.written}"))
 
 
 def verify_view(record: VerifyRecord, *, metric: str) -> RenderableType:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from autoprune.core.pattern import parse_pattern
 from autoprune.core.space import Choice
 from autoprune.core.unit import Compensate
 from autoprune.searching.problem import Floats, Ints, Problem, as_choice
@@ -63,8 +64,11 @@ def uniform_sparsity(problem: Problem, *, method: str, bits: int) -> Choice | No
     menu = _sparse_menu(problem, method, bits)
     if not menu:
         return None
-    fractions = np.unique(np.concatenate([keeps / keeps[0] for keeps, _ in menu.values()]))[::-1]
-    choices = np.array([_by_unit(problem, menu, _shares(menu, float(ratio))) for ratio in fractions])
+    patterns = {option.pattern for entry in problem.space.entries for option in entry.options if option.pattern}
+    fractions = sorted({1.0, *(1 - parse_pattern(text).sparsity for text in patterns)}, reverse=True)
+    rounding = 0.5
+    shares = [{unit: ratio * float(keeps[0]) + rounding for unit, (keeps, _) in menu.items()} for ratio in fractions]
+    choices = np.array([_by_unit(problem, menu, staying) for staying in shares])
     fitting = np.flatnonzero(problem.fits_each(choices))
     return as_choice(choices[fitting[0]]) if len(fitting) else None
 

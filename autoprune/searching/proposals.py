@@ -80,6 +80,9 @@ def swap(
 def _other_option(problem: Problem, unit: int, option: int, *, harm: Floats, rng: np.random.Generator) -> int:
     structure = problem.structure
     size = int(structure.sizes[unit])
+    if problem.space.units[unit].kind == "weights":  # patterns and bits have no width in common: by harm
+        ranked = np.argsort(harm[unit, :size], kind="stable")
+        return int(ranked[_step_from(int(np.flatnonzero(ranked == option)[0]), size, rng)])
     keeps: Ints = structure.keeps[unit, :size]
     same = np.flatnonzero((keeps == keeps[option]) & (np.arange(size) != option))
     widths = np.unique(keeps)
@@ -87,11 +90,17 @@ def _other_option(problem: Problem, unit: int, option: int, *, harm: Floats, rng
     if len(same) and (len(widths) == 1 or rng.random() < 0.25):
         return int(rng.choice(same))
     position = int(np.searchsorted(widths, keeps[option]))
-    target = int(np.clip(position + rng.choice([-1, 1]) * rng.integers(1, _LEVELS + 1), 0, len(widths) - 1))
-    if target == position:
-        target = position + 1 if position == 0 else position - 1
+    target = _step_from(position, len(widths), rng)
     there = np.flatnonzero(keeps == widths[target])
     if rng.random() < 0.25:
         near = there[harm[unit, there] <= _NEAR * harm[unit, there].min()]
         return int(rng.choice(near))
     return int(there[harm[unit, there].argmin()])
+
+
+def _step_from(position: int, count: int, rng: np.random.Generator) -> int:
+    """Another place among `count` (two or more), at most a few steps away."""
+    target = int(np.clip(position + rng.choice([-1, 1]) * rng.integers(1, _LEVELS + 1), 0, count - 1))
+    if target != position:
+        return target
+    return position + 1 if position == 0 else position - 1
