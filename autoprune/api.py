@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -37,7 +37,7 @@ from autoprune.run_folder import usable_folder
 from autoprune.runtimes import runtime
 from autoprune.searching.samplers import check_sampler
 from autoprune.ship import write_model
-from autoprune.spaces import load_space
+from autoprune.spaces import WeightChoice, load_space
 from autoprune.storage import file_bytes
 from autoprune.subject import Task, in_memory, subject_of
 from autoprune.verify import Stopwatch, latency_record, params, score
@@ -138,7 +138,7 @@ def apply_policy(
 ) -> dict[str, Path]:
     """Write the cut model of a policy into `output`; kind -> file."""
     read_policy(policy_path)  # a damaged one is told at once
-    subject = subject_of(_task(config, folder), progress)
+    subject = subject_of(_any_policy(_task(config, folder)), progress)
     applied = apply(policy_path, subject)
     return write_model(
         applied, example=subject.example, factory=config.model, source=folder, folder=output,
@@ -168,7 +168,7 @@ def verify_policy(policy_path: Path, config: Config, *, folder: Path, progress: 
     A budget or a floor in `config` takes the place of the policy's own.
     """
     read_policy(policy_path)  # a damaged one is told at once
-    task = _task(config, folder)
+    task = _any_policy(_task(config, folder))
     subject = subject_of(task, progress)
     applied = apply(policy_path, subject)
     progress.phase("verify")
@@ -274,6 +274,12 @@ def _task(config: Config, folder: Path) -> Task:
         model, type(model).__name__, data, judge_by, target, spec, None if shape is None else shape[1:],
         config.search.seed, config.size,
     )  # fmt: skip
+
+
+def _any_policy(task: Task) -> Task:
+    """The task with every kind of unit that a policy may name, whatever space it was searched in."""
+    kinds = {"channels": True, "blocks": True, "weights": task.spec.weights or (WeightChoice(bits=(8,)),)}
+    return replace(task, spec=task.spec.model_copy(update=kinds))
 
 
 def _floor(config: Config) -> Floor:

@@ -140,12 +140,19 @@ def unit_records(space: Space, costs: CostModel, options: Mapping[str, Option]) 
         UnitRecord(
             name=unit.name, kind=unit.kind, width=unit.width,
             keep=options[unit.name].keep if unit.name in options else unit.width,
-            method=options[unit.name].method if unit.name in options else "keep",
+            method=_how(unit, options.get(unit.name)),
             macs_share=_share(unit, space, costs, "macs"),
             latency_share=_share(unit, space, costs, "latency") if latency is not None else None,
         )
         for unit in space.units
     )  # fmt: skip
+
+
+def _how(unit: Unit, option: Option | None) -> str:
+    """What is done, in a word or a few."""
+    if option is None:
+        return "keep"
+    return option.label if unit.kind == "weights" else option.method
 
 
 def _share(unit: Unit, space: Space, costs: CostModel, metric: Metric) -> float:

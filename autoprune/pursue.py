@@ -33,6 +33,7 @@ from autoprune.searching.problem import Problem
 from autoprune.searching.sampler import prior_starts
 from autoprune.searching.samplers import sampler_by_name
 from autoprune.searching.study import StudyRecord, open_study
+from autoprune.storage import file_bytes, quantised_of
 from autoprune.verify import score
 from autoprune.workbench import Workbench
 
@@ -63,6 +64,7 @@ def pursue(
     limits = resolve_limits(bench.costs, budget)
     allowed = _with_margin(bench, limits, finalists=plan.finalists)
     bench = _aimed(bench, allowed, progress)
+    allowed = _sized(bench, allowed)
     study = name or budget.text
     attempt = _attempt(bench, allowed, limits, plan, study=study, journal=journal, progress=progress)
     rounds = 1
@@ -176,6 +178,20 @@ def _aimed(bench: Workbench, limits: Mapping[Metric, float], progress: Progress)
     progress.step(len(choices))
     progress.note(f"near the budget latency is {off:.3f} x the prediction; the table is corrected")
     return _corrected(bench, off)
+
+
+def _sized(bench: Workbench, limits: Mapping[Metric, float]) -> dict[Metric, float]:
+    """Limits for predictions, size a little lower where files near the budget come out larger than predicted."""
+    allowed = dict(limits)
+    if "size" not in allowed or not bench.subject.task.stores_otherwise:
+        return allowed
+    off = [1.0]
+    for choice in dict.fromkeys(prior_starts(Problem(bench.space, bench.costs, limits, bench.priors)).values()):
+        candidate = bench.stitcher.build(bench.space.options_of(choice), recalibrate=False)
+        actual = file_bytes(candidate.model, quantised_of(candidate), bench.subject.task.size)
+        off.append(actual / bench.costs.cost("size", choice))
+    allowed["size"] /= max(off)
+    return allowed
 
 
 def _corrected(bench: Workbench, off: float) -> Workbench:

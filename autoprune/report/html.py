@@ -126,7 +126,7 @@ def _units(units: Sequence[UnitRecord]) -> str:
         (
             unit.name,
             unit.kind,
-            "dropped" if unit.keep == 0 else unit.method if unit.keep < unit.width else "",
+            "dropped" if unit.keep == 0 else unit.method if unit.method != "keep" else "",
             str(unit.keep),
             str(unit.width),
             numbers.share(unit.macs_share),

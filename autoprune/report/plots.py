@@ -98,7 +98,7 @@ def widths(outcome: OutcomeRecord) -> str:
     for unit in outcome.units:
         if unit.keep == 0:
             rows.append(Bar(unit.name, 0, widest if unit.width == 1 else unit.width, "dropped", "dropped"))
-        elif unit.kind != "block":
+        elif unit.kind == "channels":
             rows.append(Bar(unit.name, unit.keep, unit.width, f"{unit.keep} of {unit.width}"))
     return bars(rows, "width kept of every unit") if rows else ""
 

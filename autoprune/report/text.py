@@ -137,7 +137,8 @@ def _widths(units: Mapping[str, UnitDecision]) -> Table:
     for name, unit in units.items():
         mended = f" + {numbers.label(unit.compensate)}" if unit.compensate != "none" else ""
         kept = "dropped" if unit.keep == 0 else f"{unit.keep} of {unit.of}"
-        table.add_row(Text(name), _bar(unit), kept, Text(f"{unit.method}{mended}"))
+        how = unit.option.label if unit.kind == "weights" else f"{unit.method}{mended}"
+        table.add_row(Text(name), _bar(unit), kept, Text(how))
     return table
 
 
