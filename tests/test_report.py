@@ -8,6 +8,7 @@ import pytest
 from records import measured, outcome, policy, verified
 
 from autoprune.core.outcome import OutcomeRecord
+from autoprune.core.policy import Measured
 from autoprune.report import html, numbers, plots, text
 from autoprune.report.svg import Bar, Plot, axis_over, bars
 
@@ -175,3 +176,13 @@ def test_numbers() -> None:
     assert numbers.value(0.934, "top1") == "93.40 %"
     assert numbers.value(0.0123456, "mse") == "0.01235"
     assert numbers.cost("latency", 4.93e-3) == "4.93 ms"
+
+
+def test_many_models_have_a_row_each() -> None:
+    model = Measured(macs=1000, params=100, size_bytes=400)
+    few = text.plain(text.measured_table({str(number): model for number in range(6)}, metric="top1"), width=80)
+    many = text.plain(
+        text.measured_table({f"uniform method {number}": model for number in range(7)}, metric="top1"), width=80
+    )
+    assert len([line for line in few.splitlines() if "kMACs" in line]) == 1
+    assert len([line for line in many.splitlines() if "kMACs" in line and "uniform method" in line]) == 7

@@ -13,6 +13,7 @@ from autoprune.core.policy import Measured, Policy, UnitDecision
 from autoprune.report import numbers
 
 BAR_WIDTH = 24
+MOST_COLUMNS = 6
 
 
 def units_table(units: Sequence[UnitRecord], *, notes: Iterable[str] = ()) -> RenderableType:
@@ -68,7 +69,12 @@ def verify_view(record: VerifyRecord, *, metric: str) -> RenderableType:
 
 
 def measured_table(rows: Mapping[str, Measured], *, metric: str) -> Table:
-    """One column a model, so that it fits 80 characters: metric, latency with spread, ratio, prediction, counts."""
+    """One column a model, so that it fits 80 characters: metric, latency with spread, ratio, prediction, counts.
+
+    Many models have a row each, and fewer columns.
+    """
+    if len(rows) > MOST_COLUMNS:
+        return _by_row(rows, metric)
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column("", style="dim")
     for name in rows:
@@ -78,6 +84,15 @@ def measured_table(rows: Mapping[str, Measured], *, metric: str) -> Table:
     names = (metric, "latency", "p10–p90 ms", "of dense", "predicted", "MACs", "params", "size")
     for index, name in enumerate(names):
         table.add_row(Text(name), *(column[index] for column in cells))
+    return table
+
+
+def _by_row(rows: Mapping[str, Measured], metric: str) -> Table:
+    table = _table("", numeric=(metric, "latency", "MACs", "params", "size"))
+    for name, model in rows.items():
+        style = "bold" if name in ("chosen", "pruned") else ""
+        cells = (numbers.score(model.score, metric), numbers.median(model.latency_ms), *numbers.counted(model))
+        table.add_row(Text(numbers.label(name)), *cells, style=style)
     return table
 
 
