@@ -43,6 +43,7 @@ LEVELS: dict[str, int] = {
     "storage": 7,
     "workbench": 7,
     "contender": 7,
+    "rivals": 7,
     "pursue": 7,
     "evidence": 7,
     "apply": 7,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import safetensors.torch
 import torch
@@ -240,6 +241,9 @@ def test_search_yaml_apply_pack_and_back(tmp_path: Path) -> None:
         applied, example=subject.example, factory="networks.py:Residual", source=Path(__file__).parent,
         folder=tmp_path / "out", progress=Silent(),
     )  # fmt: skip
+    session = onnxruntime.InferenceSession(written["onnx"], providers=["CPUExecutionProvider"])
+    got = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: inputs.numpy()})[0])
+    torch.testing.assert_close(got, logits(outcome.model, inputs), rtol=0, atol=1e-4)
     packed = written["packed"].read_bytes()
     assert len(packed) == outcome.record.chosen.size_bytes
     state = applied.model.state_dict()
