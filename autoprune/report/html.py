@@ -37,7 +37,8 @@ def render(outcome: OutcomeRecord) -> str:
 
 
 def _head(outcome: OutcomeRecord) -> str:
-    goals = " · ".join(escape(text) for text in (f"budget {outcome.budget}", f"floor {outcome.floor}"))
+    named = (("budget", outcome.budget), ("floor", outcome.floor))
+    goals = " · ".join(escape(f"{name} {text}") for name, text in named if text)
     state = "met" if outcome.met else "missed"
     parts = [
         f'<header><p class="eyebrow">autoprune report</p><h1>{escape(outcome.title)}</h1><p class="goal">{goals}</p>',
