@@ -38,6 +38,7 @@ from autoprune.runtimes import runtime
 from autoprune.searching.samplers import check_sampler
 from autoprune.ship import write_model
 from autoprune.spaces import WeightChoice, load_space
+from autoprune.sparsity import sparsifier
 from autoprune.storage import file_bytes
 from autoprune.subject import Task, in_memory, subject_of
 from autoprune.verify import Stopwatch, latency_record, params, score
@@ -204,6 +205,8 @@ def _campaign(
     """Every budget on one workbench. All outcomes are written before a missed one is an error."""
     check_goal(budgets, floor)
     check_sampler(plan.sampler)
+    for name in {choice.method for choice in task.spec.weights} - {"dense"}:
+        sparsifier(name)  # an unknown one is told at once
     usable_folder(folder)
     bench = _bench(task, budgets, folder, progress)
     outcomes = []

@@ -176,8 +176,10 @@ def unpack(
 @command
 @with_flags
 def verify(policy: PolicyFile, *, mode: Mode, given: Given) -> None:
-    """Measure a policy again on this machine; exit code 4 when it misses what it was made for."""
+    """Measure a policy again on this machine; exit code 4 when it misses what it was made for, or the limits given."""
     config, folder, notice = _configured(given, goal=False)
+    goals = ("budget", "max_drop", "min_accuracy")  # those of the file are for searches; a policy has its own
+    config = config.model_copy(update={key: None for key in goals if key not in given.overrides})
     with make_display(mode) as display:
         display.note(notice)
         record: VerifyRecord = _api().verify_policy(policy, config, folder=folder, progress=display)

@@ -166,6 +166,15 @@ def test_apply_and_verify(api: Api, tmp_path: Path) -> None:
     assert "error: 4.93 ms against 5 ms" in run("verify", str(GOLDEN), code=4)
 
 
+def test_a_policy_is_verified_by_its_own_goal_or_by_a_flag(api: Api) -> None:
+    run("init")
+    run("verify", str(GOLDEN))
+    assert api.config is not None
+    assert (api.config.budget, api.config.max_drop) == (None, None)
+    run("verify", str(GOLDEN), "--budget", "7ms")
+    assert api.config.budget == ("7ms",)
+
+
 @pytest.mark.parametrize(
     ("error", "code", "text"),
     [
