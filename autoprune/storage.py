@@ -38,14 +38,10 @@ def storage_of(model: nn.Module, space: Space, editor: Editor, size: SizeOf) -> 
 
 def _bytes(layer: nn.Module, edit: Edit | None, *, pack: bool) -> float:
     assert is_matrix(layer)
-    if edit is None:
-        return float(len(encode(layer.weight.detach()).payload)) if pack else 4.0 * layer.weight.numel()
-    codes = codes_of(edit)
-    if codes is None:
-        return float(len(encode(edit.weight).payload)) if pack else 4.0 * edit.weight.numel()
-    if pack:
-        return float(len(encode(codes.codes).payload) + len(encode(codes.scales).payload))
-    return float(codes.codes.numel() + SCALE_BYTES * len(codes.scales))
+    codes = None if edit is None else codes_of(edit)
+    weight = layer.weight.detach() if edit is None else edit.weight
+    parts = [weight] if codes is None else [codes.codes, codes.scales]
+    return float(sum(len(encode(part).payload) if pack else part.numel() * part.element_size() for part in parts))
 
 
 def codes_of(edit: Edit) -> Codes | None:

@@ -26,8 +26,7 @@ def uniform(problem: Problem, *, method: str, compensate: Compensate = "none") -
     menu = _menu(problem, method, compensate)
     fractions = np.unique(np.concatenate([[1.0], *(keeps / keeps[0] for keeps, _ in menu.values())]))[::-1]
     choices = np.array([_by_unit(problem, menu, _shares(menu, float(ratio))) for ratio in fractions])
-    fitting = np.flatnonzero(problem.fits_each(choices))
-    return as_choice(choices[fitting[0]]) if len(fitting) else None
+    return _first_that_fits(problem, choices)
 
 
 def global_magnitude(
@@ -69,8 +68,7 @@ def uniform_sparsity(problem: Problem, *, method: str, bits: int) -> Choice | No
     rounding = 0.5
     shares = [{unit: ratio * float(keeps[0]) + rounding for unit, (keeps, _) in menu.items()} for ratio in fractions]
     choices = np.array([_by_unit(problem, menu, staying) for staying in shares])
-    fitting = np.flatnonzero(problem.fits_each(choices))
-    return as_choice(choices[fitting[0]]) if len(fitting) else None
+    return _first_that_fits(problem, choices)
 
 
 def global_sparsity(
@@ -92,6 +90,10 @@ def global_sparsity(
         return _by_unit(problem, menu, staying)
 
     choices = np.array([at(level) for level in [-1.0, *levels.tolist()]])
+    return _first_that_fits(problem, choices)
+
+
+def _first_that_fits(problem: Problem, choices: Ints) -> Choice | None:
     fitting = np.flatnonzero(problem.fits_each(choices))
     return as_choice(choices[fitting[0]]) if len(fitting) else None
 

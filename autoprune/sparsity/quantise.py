@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from autoprune.sparsity.base import LayerView
-from autoprune.sparsity.sparsegpt import BLOCK, inverse_factor
+from autoprune.sparsity.sparsegpt import BLOCK, DAMPING, inverse_factor
 
-DAMPING = 1e-2
 _SHRINKS = 20
 """Scales tried for each output, from the largest weight's down to half of it."""
 
