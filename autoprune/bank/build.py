@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from autoprune.bank.calibrate import CalibrationSettings, LayerStatistics, calibrate
 from autoprune.bank.depth import Run
 from autoprune.bank.sparse import Editor
-from autoprune.bank.views import centred, input_matrix, unit_view
+from autoprune.bank.views import input_matrix, unit_view
 from autoprune.core.space import Space
 from autoprune.core.unit import Option
 from autoprune.methods import method
@@ -25,7 +25,6 @@ from autoprune.methods.base import Consumer, Method, Need, UnitView
 from autoprune.methods.compensate import least_squares, reconstruction_error
 from autoprune.model.cut import Kept
 from autoprune.model.discover import Anatomy
-from autoprune.model.flow import norm_scale
 from autoprune.progress import Progress
 
 Harms = list[NDArray[np.float64]]
@@ -140,16 +139,14 @@ def local_harms(space: Space, bank: Bank, model: nn.Module, *, anatomy: Anatomy,
 
 def _edit_errors(editor: Editor, bank: Bank, model: nn.Module, *, layer: str, option: Option) -> tuple[float, float]:
     """Relative and Fisher-weighted squared error of a layer's outputs when `option` is done to its weights."""
-    module, statistics, norm = model.get_submodule(layer), bank.statistics[layer], bank.norms.get(layer)
-    moments = centred(statistics, shifts=norm is not None or module.bias is not None)
-    assert moments is not None
-    matrix = input_matrix(module)
+    module = model.get_submodule(layer)
+    reading, matrix = editor.reading(layer, module, Kept()), input_matrix(module)
+    moments, scale = reading.moments, reading.scale
     difference = editor.edit(layer, module, option, kept=Kept()).weight.double().flatten(1) - matrix
-    scale = norm_scale(model.get_submodule(norm)) if norm else torch.ones(len(matrix), dtype=torch.float64)
     error = ((difference @ moments) * difference).sum(1).clamp_min(0.0)
     energy = ((matrix @ moments) * matrix).sum(1)
     relative = float((error * scale**2).sum() / (energy * scale**2).sum().clamp_min(1e-30))
-    return relative, float((error * statistics.output_fisher).sum())
+    return relative, float((error * bank.statistics[layer].output_fisher).sum())
 
 
 def _mean_square(statistics: LayerStatistics) -> float:

@@ -101,6 +101,22 @@ class Editor:
         statistics = self._statistics.get(name)
         return statistics is not None and statistics.second is not None
 
+    def reading(self, name: str, layer: nn.Module, kept: Kept) -> Reading:
+        """What `layer` reads where `kept` says which of its channels are left; `can_edit` it first."""
+        assert is_matrix(layer)
+        statistics, norm = self._statistics[name], self._norms.get(name)
+        moments = centred(statistics, shifts=norm is not None or layer.bias is not None)
+        assert moments is not None
+        mean = statistics.mean
+        scale = norm_scale(self._modules[norm]) if norm else torch.ones(layer.weight.shape[0], dtype=torch.float64)
+        if norm and kept.outputs is not None:
+            scale = scale[kept.outputs]
+        if kept.inputs is not None:
+            area = layer.weight[0, 0].numel()
+            columns = (kept.inputs[:, None] * area + torch.arange(area)).flatten()
+            moments, mean = moments[columns][:, columns], mean[columns]
+        return Reading(moments, mean, scale)
+
     def edit(self, name: str, layer: nn.Module, option: Option, *, kept: Kept) -> Edit:
         """What `option` makes of the weights that `layer` has now, `kept` saying which channels of it are left."""
         assert is_matrix(layer)
@@ -110,18 +126,7 @@ class Editor:
         if key in self._done:
             self._done.move_to_end(key)
             return self._done[key]
-        statistics = self._statistics[name]
-        norm = self._norms.get(name)
-        moments = centred(statistics, shifts=norm is not None or layer.bias is not None)
-        assert moments is not None
-        mean = statistics.mean
-        scale = norm_scale(self._modules[norm]) if norm else torch.ones(layer.weight.shape[0], dtype=torch.float64)
-        if norm and kept.outputs is not None:
-            scale = scale[kept.outputs]
-        if inputs is not None:
-            columns = (inputs[:, None] * weight[0, 0].numel() + torch.arange(weight[0, 0].numel())).flatten()
-            moments, mean = moments[columns][:, columns], mean[columns]
-        found = edited(weight, Reading(moments, mean, scale), option, seed=self._seed + zlib.crc32(name.encode()))
+        found = edited(weight, self.reading(name, layer, kept), option, seed=self._seed + zlib.crc32(name.encode()))
         self._done[key] = found
         self._held += _bytes(found)
         while self._held > self._memory_bytes:
