@@ -29,7 +29,7 @@ def storage_of(model: nn.Module, space: Space, editor: Editor, size: SizeOf) -> 
             continue
         name = entry.unit.layers[0]
         layer = model.get_submodule(name)
-        edits = [None, *(editor.edit(name, layer, option, kept=Kept()) for option in entry.options[1:])]
+        edits = [None, *editor.edits(name, layer, entry.options[1:], kept=Kept())]
         rates[entry.unit.name] = tuple(_bytes(layer, edit, pack=pack) / entry.unit.width for edit in edits)
     if not pack:
         return Storage(rates)
@@ -38,17 +38,10 @@ def storage_of(model: nn.Module, space: Space, editor: Editor, size: SizeOf) -> 
 
 def _bytes(layer: nn.Module, edit: Edit | None, *, pack: bool) -> float:
     assert is_matrix(layer)
-    codes = None if edit is None else codes_of(edit)
+    codes = None if edit is None else edit.codes
     weight = layer.weight.detach() if edit is None else edit.weight
     parts = [weight] if codes is None else [codes.codes, codes.scales]
     return float(sum(len(encode(part).payload) if pack else part.numel() * part.element_size() for part in parts))
-
-
-def codes_of(edit: Edit) -> Codes | None:
-    """The integers that an edit is stored as."""
-    if edit.codes is None or edit.scales is None:
-        return None
-    return Codes(edit.codes, edit.scales, tuple(edit.weight.shape))
 
 
 def packed_model(state: Mapping[str, Tensor], quantised: Mapping[str, Codes]) -> Packed:
@@ -59,8 +52,7 @@ def packed_model(state: Mapping[str, Tensor], quantised: Mapping[str, Codes]) ->
 
 def quantised_of(candidate: Candidate) -> dict[str, Codes]:
     """The weights of a candidate that are stored as integers, by their names in its state."""
-    found = {f"{layer}.weight": codes_of(edit) for layer, edit in candidate.edits.items()}
-    return {name: codes for name, codes in found.items() if codes is not None}
+    return {f"{layer}.weight": edit.codes for layer, edit in candidate.edits.items() if edit.codes is not None}
 
 
 def file_bytes(model: nn.Module, quantised: Mapping[str, Codes], size: SizeOf) -> int:

@@ -17,6 +17,7 @@ LEVELS: dict[str, int] = {
     "problems": 2,
     "yamls": 2,
     "plugins": 2,
+    "definite": 2,
     "demo": 2,
     "files": 3,
     "base": 3,  # the bases of plug-ins

@@ -127,8 +127,8 @@ def local_harms(space: Space, bank: Bank, model: nn.Module, *, anatomy: Anatomy,
                 kept = bank.kept(entry.unit.name, option)
                 local[:, index] = _errors(view, fishers, option=option, kept=kept, fallback=means)
         elif entry.unit.kind == "weights":
-            for index, option in enumerate(entry.options[1:], start=1):
-                local[:, index] = _edit_errors(editor, bank, model, layer=entry.unit.layers[0], option=option)
+            if len(entry.options) > 1:
+                local[:, 1:] = _edit_errors(editor, bank, model, layer=entry.unit.layers[0], options=entry.options[1:])
         else:
             last = _last_layer(entry.unit.layers, bank)
             local[:, 1:] = np.array([[1.0], [_whole(last, bank, model) if last else 1.0]])
@@ -137,16 +137,21 @@ def local_harms(space: Space, bank: Bank, model: nn.Module, *, anatomy: Anatomy,
     return harms
 
 
-def _edit_errors(editor: Editor, bank: Bank, model: nn.Module, *, layer: str, option: Option) -> tuple[float, float]:
-    """Relative and Fisher-weighted squared error of a layer's outputs when `option` is done to its weights."""
+def _edit_errors(
+    editor: Editor, bank: Bank, model: nn.Module, *, layer: str, options: Sequence[Option]
+) -> NDArray[np.float64]:
+    """Relative and Fisher-weighted squared error of a layer's outputs for each of `options`: (2, options)."""
     module = model.get_submodule(layer)
     reading, matrix = editor.reading(layer, module, Kept()), input_matrix(module)
-    moments, scale = reading.moments, reading.scale
-    difference = editor.edit(layer, module, option, kept=Kept()).weight.double().flatten(1) - matrix
-    error = ((difference @ moments) * difference).sum(1).clamp_min(0.0)
-    energy = ((matrix @ moments) * matrix).sum(1)
-    relative = float((error * scale**2).sum() / (energy * scale**2).sum().clamp_min(1e-30))
-    return relative, float((error * bank.statistics[layer].output_fisher).sum())
+    moments, power = reading.moments, reading.scale**2
+    energy = (((matrix @ moments) * matrix).sum(1) * power).sum().clamp_min(1e-30)
+    fisher = bank.statistics[layer].output_fisher
+    columns = []
+    for edit in editor.edits(layer, module, options, kept=Kept()):
+        difference = edit.weight.double().flatten(1) - matrix
+        error = ((difference @ moments) * difference).sum(1).clamp_min(0.0)
+        columns.append((float((error * power).sum() / energy), float((error * fisher).sum())))
+    return np.asarray(columns).T
 
 
 def _mean_square(statistics: LayerStatistics) -> float:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from autoprune.bank.calibrate import LayerStatistics
 from autoprune.bank.depth import Run
 from autoprune.bank.views import centred, input_matrix
-from autoprune.methods.compensate import DAMPING, damped_cholesky, least_squares, mean_diagonal
+from autoprune.definite import damped_cholesky, mean_diagonal
+from autoprune.methods.compensate import DAMPING, least_squares
 from autoprune.model.coupling import CONVOLUTIONS
 from autoprune.model.cut import Mended
 from autoprune.model.flow import norm_scale

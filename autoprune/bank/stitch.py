@@ -79,7 +79,7 @@ class Stitcher:
         for name, option in self.edited_layers(options).items():
             if name not in gone:
                 layer = model.get_submodule(name)
-                edits[name] = self.editor.edit(name, layer, option, kept=plan.layers.get(name, Kept()))
+                edits[name] = self.editor.edits(name, layer, [option], kept=plan.layers.get(name, Kept()))[0]
                 apply_edit(layer, edits[name])
         return edits
 

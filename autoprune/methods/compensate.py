@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from autoprune.errors import DataError
+from autoprune.definite import damped_cholesky, mean_diagonal
 
 DAMPING = 1e-4
-ATTEMPTS = 8
 
 
 def least_squares(weight: Tensor, moments: Tensor, kept: Tensor, *, damping: float = DAMPING) -> Tensor:
@@ -40,25 +39,3 @@ def reconstruction_error(weight: Tensor, moments: Tensor, kept: Tensor, new_weig
     difference[:, kept.to(torch.int64)] -= new_weight.to(torch.float64)
     error = (difference @ moments.to(torch.float64) * difference).sum(dim=1)
     return error.clamp(min=0.0)  # rounding can take a zero below it
-
-
-def mean_diagonal(moments: Tensor) -> float:
-    """The mean input power; 1 when every input is zero, so that a ridge made of it is never zero."""
-    mean = float(moments.diagonal().mean())
-    return mean if mean != 0.0 else 1.0
-
-
-def damped_cholesky(matrix: Tensor, ridge: float) -> Tensor:
-    """The lower Cholesky factor of `matrix` + ridge * I, with ten times the ridge each time that is not definite."""
-    identity = torch.eye(len(matrix), dtype=matrix.dtype)
-    floor = torch.finfo(matrix.dtype).eps * mean_diagonal(matrix)
-    for _ in range(ATTEMPTS):
-        factor: Tensor
-        factor, failed = torch.linalg.cholesky_ex(matrix + ridge * identity)
-        if not failed and bool(factor.isfinite().all()):
-            return factor
-        ridge = max(10.0 * ridge, floor)
-    raise DataError(
-        "a layer's input second moments are not finite or far from positive semi-definite; "
-        "check the calibration data and the model's activations for NaN and infinity"
-    )

@@ -10,8 +10,9 @@ from typing import final
 import torch
 from torch import Tensor
 
+from autoprune.definite import damped_cholesky, mean_diagonal
 from autoprune.methods.base import Consumer, Need, UnitView, order_by
-from autoprune.methods.compensate import DAMPING, damped_cholesky, mean_diagonal
+from autoprune.methods.compensate import DAMPING
 from autoprune.methods.scores import needed
 
 ONE_BY_ONE = 2500  # input columns of a consumer up to which channels go one at a time

@@ -299,7 +299,7 @@ def _write(
     layer.weight.data = (solved[:-1].T / scale[:, None]).reshape(weight.shape).to(weight.dtype)
     edit = None
     if option is not None:
-        edit = edited(layer.weight.detach(), normal.reading(scale), option, seed=0)
+        edit = edited(layer.weight.detach(), normal.reading(scale), [option], seed=0)[0]
         layer.weight.data = edit.weight.clone()
         solved[-1] += scale * edit.shift if normal.constant else 0.0
     difference = solved[-1] - constant

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import final
 
 import torch
 from torch import Tensor
 
 from autoprune.core.pattern import Pattern
-from autoprune.sparsity.base import LayerView
+from autoprune.sparsity.base import LayerView, SparsityNeed
 from autoprune.sparsity.masks import kept_mask
 
 
@@ -20,8 +21,9 @@ class Random:
 
     name: str = "random"
     version: int = 1
+    needs: frozenset[SparsityNeed] = frozenset()
 
-    def sparsify(self, view: LayerView, pattern: Pattern, generator: torch.Generator) -> Tensor:
-        """The weight with zeros; what stays is as it was."""
+    def sparsify(self, view: LayerView, patterns: Sequence[Pattern], generator: torch.Generator) -> list[Tensor]:
+        """The weights with zeros; what stays is as it was."""
         scores = torch.rand(view.weight.shape, generator=generator, dtype=torch.float64)
-        return view.weight * kept_mask(scores, pattern, inputs=view.inputs)
+        return [view.weight * kept_mask(scores, pattern, inputs=view.inputs) for pattern in patterns]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import final
 
 import torch
 from torch import Tensor
 
 from autoprune.core.pattern import Pattern
-from autoprune.sparsity.base import LayerView
+from autoprune.sparsity.base import LayerView, SparsityNeed
 from autoprune.sparsity.masks import kept_mask
 
 
@@ -20,8 +21,9 @@ class Wanda:
 
     name: str = "wanda"
     version: int = 1
+    needs: frozenset[SparsityNeed] = frozenset()
 
-    def sparsify(self, view: LayerView, pattern: Pattern, generator: torch.Generator) -> Tensor:  # noqa: ARG002
-        """The weight with zeros; what stays is as it was."""
+    def sparsify(self, view: LayerView, patterns: Sequence[Pattern], generator: torch.Generator) -> list[Tensor]:  # noqa: ARG002
+        """The weights with zeros; what stays is as it was."""
         scores = view.weight.abs() * view.moments.diagonal().clamp_min(0.0).sqrt()
-        return view.weight * kept_mask(scores, pattern, inputs=view.inputs, scope="output")
+        return [view.weight * kept_mask(scores, pattern, inputs=view.inputs, scope="output") for pattern in patterns]
