@@ -205,7 +205,7 @@ def _campaign(
     """Every budget on one workbench. All outcomes are written before a missed one is an error."""
     check_goal(budgets, floor)
     check_sampler(plan.sampler)
-    for name in {choice.method for choice in task.spec.weights} - {"dense"}:
+    for name in {choice.method for choice in task.spec.weights if choice.patterns != ("",)}:
         sparsifier(name)  # an unknown one is told at once
     usable_folder(folder)
     bench = _bench(task, budgets, folder, progress)
@@ -275,7 +275,7 @@ def _task(config: Config, folder: Path) -> Task:
         target = Target(target.runtime, target.device, target.threads, shape[0])
     return Task(
         model, type(model).__name__, data, judge_by, target, spec, None if shape is None else shape[1:],
-        config.search.seed, config.size,
+        config.search.seed, config.size, config.search.bank_memory,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from autoprune.evidence import KEPT, SCALES, TENSOR
 from autoprune.files import read_policy
 from autoprune.model.cut import CutPlan, cut, plan_cut
 from autoprune.model.discover import Anatomy
+from autoprune.model.factor import factor_layer
 from autoprune.packing.coding import Codes
 from autoprune.subject import Subject
 
@@ -32,6 +33,8 @@ class Applied:
     plan: CutPlan
     quantised: Mapping[str, Codes]
     """The weights that are stored as integers, by their names in the model's state."""
+    ranks: Mapping[str, int]
+    """Layers that are two now, with the channels between them."""
 
 
 def apply(path: Path, subject: Subject) -> Applied:
@@ -50,12 +53,17 @@ def apply(path: Path, subject: Subject) -> Applied:
     }
     plan = plan_cut(anatomy.widths, anatomy.groups, kept=kept, dropped=dropped)
     model = cut(subject.model, plan)
+    gone = {layer for block in dropped for layer in block.layers}
+    layers = {unit.name: unit.layers[0] for unit in anatomy.units if unit.kind == "weights"}
+    ranks = {layers[name]: option.rank for name, option in options.items() if option.rank and layers[name] not in gone}
+    for layer, rank in ranks.items():
+        factor_layer(model, layer, rank)
     state = {name.removeprefix(TENSOR): tensor for name, tensor in tensors.items() if name.startswith(TENSOR)}
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise PolicyError(f"{path}: its side file {policy.weights} does not fit the cut model: {error}") from None
-    return Applied(policy, model, plan, _quantised(path, policy, state, tensors))
+    return Applied(policy, model, plan, _quantised(path, policy, state, tensors), ranks)
 
 
 def _quantised(

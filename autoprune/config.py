@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
-from autoprune.core.budget import Budget, parse_budgets, parse_fraction
+from autoprune.core.budget import Budget, parse_budgets, parse_fraction, parse_limit
 from autoprune.core.target import Device, Target
 from autoprune.core.unit import SizeOf
 from autoprune.errors import ConfigError, RunError, listed, near_miss
@@ -62,6 +62,18 @@ def _budget(value: object) -> object:
     except ConfigError as error:
         raise ValueError(str(error).removeprefix("budget: ")) from error
     return texts
+
+
+def _bytes(value: object) -> object:
+    try:
+        limit = parse_limit(value) if isinstance(value, str) else None
+    except ConfigError:
+        limit = None
+    if limit is not None and limit.metric == "size" and not limit.relative:
+        return int(limit.value)
+    if type(value) is int and value > 0:
+        return value
+    raise ValueError(f"given {given(value)}, allowed: bytes with a unit, e.g. 4GB or 500MB")
 
 
 def _share(value: object) -> object:
@@ -139,6 +151,9 @@ class SearchConfig(_Section):
     sampler: str = Field(default="budget", min_length=1, description="Who proposes candidates.")
     finalists: Count = Field(default=6, description="Candidates that are really cut, exported, timed and scored.")
     refit: StrictBool = Field(default=True, description="Refit the chosen candidate's weights by least squares.")
+    bank_memory: Annotated[int, BeforeValidator(_bytes)] = Field(
+        default=4_000_000_000, description="What the bank may hold in memory (`4GB`); the rest is kept on disk."
+    )
 
 
 class Config(_Section):

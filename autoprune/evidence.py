@@ -171,7 +171,7 @@ def decisions(units: Mapping[str, Unit], options: Mapping[str, Option]) -> dict[
     return {
         name: UnitDecision(
             kind=units[name].kind, method=option.method, keep=option.keep, of=units[name].width,
-            compensate=option.compensate, pattern=option.pattern, bits=option.bits,
+            compensate=option.compensate, pattern=option.pattern, bits=option.bits, rank=option.rank,
         )
         for name, option in options.items()
     }  # fmt: skip

@@ -50,6 +50,7 @@ FLAGS = (
     Flag("search.sampler", ("--sampler",), str, "Who proposes candidates."),
     Flag("search.finalists", ("--finalists",), int, "Candidates that are really cut, timed and scored."),
     Flag("search.refit", ("--refit/--no-refit",), bool, "Refit the chosen candidate's weights."),
+    Flag("search.bank_memory", ("--bank-memory",), str, "What the bank may hold in memory, e.g. 4GB; then on disk."),
     Flag("run", ("--run",), str, "Run folder; a later search in it reuses what was measured."),
 )
 

@@ -194,7 +194,7 @@ def _corrected(bench: Workbench, off: float) -> Workbench:
     """The same workbench with latency predicted `off` times as long."""
     assert bench.table is not None
     table = bench.table.model_copy(update={"correction": bench.table.correction * off})
-    costs = CostModel(bench.subject.anatomy.architecture, bench.space, table, storage=bench.costs.storage)
+    costs = CostModel(bench.costs.architecture, bench.space, table, storage=bench.costs.storage)
     return replace(bench, table=table, costs=costs)
 
 

@@ -7,8 +7,14 @@ import torch
 from numpy.typing import NDArray
 
 from autoprune.core.space import Choice
-from autoprune.core.unit import Compensate
-from autoprune.searching.baselines import global_magnitude, global_sparsity, uniform, uniform_sparsity
+from autoprune.core.unit import LOW_RANK, Compensate
+from autoprune.searching.baselines import (
+    global_magnitude,
+    global_sparsity,
+    uniform,
+    uniform_ranks,
+    uniform_sparsity,
+)
 from autoprune.searching.problem import Problem
 from autoprune.workbench import Workbench
 
@@ -27,6 +33,9 @@ def baseline_choices(bench: Workbench, problem: Problem) -> dict[str, Choice]:
     if ("l2", plain) in pairs:
         choices["global magnitude"] = global_magnitude(problem, _magnitudes(bench))
     for found in bench.subject.task.spec.weights:
+        if found.method == LOW_RANK:
+            choices["uniform low rank"] = uniform_ranks(problem)
+            continue
         for bits in found.bits if found.method != "dense" else ():
             stored = f" + int{bits}" if bits < 32 else ""
             choices[f"uniform {found.method}{stored}"] = uniform_sparsity(problem, method=found.method, bits=bits)

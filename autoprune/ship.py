@@ -32,6 +32,7 @@ from torch import nn
 HERE = Path(__file__).resolve().parent
 FACTORY = {factory!r}
 DROPPED = {dropped!r}  # block -> what stays of it
+SPLIT = {split!r}  # layer that is two now -> channels between them
 
 
 class Dropped(nn.Module):
@@ -59,6 +60,17 @@ def dense_model():
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return getattr(module, name)()
+
+
+def halves(layer, rank):
+    """A layer as two, the first to `rank` channels."""
+    biased = layer.bias is not None
+    if isinstance(layer, nn.Linear):
+        first = nn.Linear(layer.in_features, rank, bias=False)
+        return nn.Sequential(first, nn.Linear(rank, layer.out_features, bias=biased))
+    window = {{key: getattr(layer, key) for key in ("stride", "padding", "dilation", "padding_mode")}}
+    first = type(layer)(layer.in_channels, rank, layer.kernel_size, bias=False, **window)
+    return nn.Sequential(first, type(layer)(rank, layer.out_channels, 1, bias=biased))
 
 
 def fit(layer, name, state):
@@ -93,6 +105,9 @@ def model():
     for name, rest in DROPPED.items():
         parent, _, child = name.rpartition(".")
         setattr(network.get_submodule(parent), child, Dropped(rest))
+    for name, rank in SPLIT.items():
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, halves(network.get_submodule(name), rank))
     for name, layer in network.named_modules():
         fit(layer, name, state)
     network.load_state_dict(state)
@@ -122,7 +137,9 @@ def write_model(
     written["packed"] = packed
     script = folder / "rebuild.py"
     dropped = {block.name: block.rest for block in plan.dropped}
-    write_text(script, _SCRIPT.format(factory=factory, weights=weights.name, dropped=dropped))
+    write_text(
+        script, _SCRIPT.format(factory=factory, weights=weights.name, dropped=dropped, split=dict(applied.ranks))
+    )
     written["rebuild script"] = script
     own = source / factory.partition(":")[0]
     if own.suffix == ".py" and own.is_file():

@@ -8,14 +8,26 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from autoprune.core.budget import parse_fraction
 from autoprune.core.pattern import parse_pattern
 from autoprune.core.space import Space, UnitOptions
-from autoprune.core.unit import DROP, Bits, Compensate, Option, Unit, keep_all
+from autoprune.core.unit import DROP, LOW_RANK, Bits, Compensate, Option, Unit, keep_all
 from autoprune.errors import ConfigError, listed, near_miss
 from autoprune.files import read_yaml
 from autoprune.problems import problems_of
+
+
+def _share(value: object) -> object:
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        share = parse_fraction(value, key="ranks")
+        if share > 0:
+            return share
+    raise ValueError(f"{value!r} is no share of the full rank; write e.g. 25% or 0.25")
+
+
+Rank = Annotated[float, BeforeValidator(_share)]
 
 
 class MethodChoice(BaseModel):
@@ -28,13 +40,16 @@ class MethodChoice(BaseModel):
 
 
 class WeightChoice(BaseModel):
-    """What may be done to a layer's weights: zeros by a sparsifier in each of `patterns`, stored in each of `bits`."""
+    """What may be done to a layer's weights: zeros by a sparsifier in each of `patterns`, stored in each of `bits`; or,
+    with the method `low_rank`, two layers with each of `ranks` between them, shares of the full rank.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: str = "dense"
     patterns: tuple[str, ...] = ("",)
     bits: tuple[Bits, ...] = (32,)
+    ranks: tuple[Rank, ...] = ()
 
     @field_validator("patterns")
     @classmethod
@@ -46,6 +61,12 @@ class WeightChoice(BaseModel):
 
     @model_validator(mode="after")
     def _does_something(self) -> WeightChoice:
+        if (self.method == LOW_RANK) != bool(self.ranks):
+            raise ValueError("low_rank needs ranks (e.g. [25%, 50%]), and nothing else has them")
+        if self.method == LOW_RANK:
+            if self.patterns != ("",) or self.bits != (32,):
+                raise ValueError("low_rank has neither patterns nor bits")
+            return self
         if (self.method == "dense") != (self.patterns == ("",)):
             raise ValueError("a sparsifier needs patterns, and `dense` has none")
         if self.method == "dense" and 32 in self.bits:
@@ -145,8 +166,18 @@ def _weight_options(unit: Unit, spec: SpaceSpec) -> tuple[Option, ...]:
         for choice in spec.weights
         for pattern in choice.patterns
         for bits in choice.bits
+        if choice.method != LOW_RANK
     }
+    found |= {option for choice in spec.weights for option in _low_ranks(unit, choice.ranks)}
     return tuple(sorted(found, key=lambda option: (-option.keep, -option.bits, option.method, option.pattern)))
+
+
+def _low_ranks(unit: Unit, shares: Sequence[float]) -> set[Option]:
+    """Those that leave fewer weights than there were."""
+    inputs = unit.width // unit.outputs
+    ranks = {max(1, round(share * min(unit.outputs, inputs))) for share in shares}
+    kept = {rank: rank * (unit.outputs + inputs) for rank in ranks}
+    return {Option(LOW_RANK, keep, rank=rank) for rank, keep in kept.items() if keep < unit.width}
 
 
 def _kept(width: int, pattern: str) -> int:

@@ -30,7 +30,10 @@ def storage_of(model: nn.Module, space: Space, editor: Editor, size: SizeOf) -> 
         name = entry.unit.layers[0]
         layer = model.get_submodule(name)
         edits = [None, *editor.edits(name, layer, entry.options[1:], kept=Kept())]
-        rates[entry.unit.name] = tuple(_bytes(layer, edit, pack=pack) / entry.unit.width for edit in edits)
+        rates[entry.unit.name] = tuple(
+            _bytes(layer, edit, pack=pack) / (option.keep if option.rank else entry.unit.width)
+            for edit, option in zip(edits, entry.options, strict=True)
+        )
     if not pack:
         return Storage(rates)
     return Storage(rates, dense_bytes=float(file_bytes(model, {}, size)))
@@ -38,9 +41,7 @@ def storage_of(model: nn.Module, space: Space, editor: Editor, size: SizeOf) -> 
 
 def _bytes(layer: nn.Module, edit: Edit | None, *, pack: bool) -> float:
     assert is_matrix(layer)
-    codes = None if edit is None else edit.codes
-    weight = layer.weight.detach() if edit is None else edit.weight
-    parts = [weight] if codes is None else [codes.codes, codes.scales]
+    parts = (layer.weight.detach(),) if edit is None else edit.stored
     return float(sum(len(encode(part).payload) if pack else part.numel() * part.element_size() for part in parts))
 
 

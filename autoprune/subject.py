@@ -19,6 +19,7 @@ from autoprune.model.observe import largest_activation
 from autoprune.progress import Progress
 from autoprune.spaces import SpaceSpec
 
+BANK_MEMORY = 4_000_000_000
 MOST_BATCH = 128
 BATCH_BYTES = 2**24
 """The largest activation of one batch: what fits the caches and is not mapped anew for every layer is twice as fast."""
@@ -38,6 +39,8 @@ class Task:
     """Shape of one sample on the target, without the batch; None: the data's."""
     seed: int = 0
     size: SizeOf = "plain"
+    bank_memory: int = BANK_MEMORY
+    """Bytes of second moments held in memory; the rest is on disk."""
 
     @property
     def stores_otherwise(self) -> bool:

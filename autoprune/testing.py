@@ -64,6 +64,7 @@ def _example_activity(width: int, generator: torch.Generator) -> Activity:
     raw = (centres[targets][:, None] + _normal(generator, 60, 7, width)).clamp(min=0.0)  # (samples, positions, width)
     return Activity(
         mean_abs=raw.mean(dim=(0, 1)),
+        mean_square=raw.square().mean(dim=(0, 1)),
         zero_share=(raw == 0).to(torch.float64).mean(dim=(0, 1)),
         per_sample=raw.mean(dim=1),
         targets=targets,
@@ -81,7 +82,7 @@ def view_tensors(view: UnitView) -> list[Tensor]:
         found += [consumer.weight, consumer.moments, consumer.scale]
     if view.activity is not None:
         activity = view.activity
-        found += [activity.mean_abs, activity.zero_share, activity.per_sample, activity.targets]
+        found += [activity.mean_abs, activity.mean_square, activity.zero_share, activity.per_sample, activity.targets]
     return [tensor for tensor in found if tensor is not None]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,6 +32,7 @@ from autoprune.model.fingerprint import of_tensors, of_text
 from autoprune.model.flow import norms_after
 from autoprune.model.recalibrate import Anchor
 from autoprune.profile.cost_model import CostModel
+from autoprune.profile.forms import with_forms
 from autoprune.profile.latency import Bench, measure_table
 from autoprune.progress import Progress
 from autoprune.recover.refit import Reference, RefitSettings
@@ -39,6 +40,7 @@ from autoprune.runtimes import runtime
 from autoprune.searching.measured_prior import one_at_a_time
 from autoprune.searching.scorer import Scorer, Selection
 from autoprune.spaces import resolve
+from autoprune.sparsity import sparsifier
 from autoprune.storage import storage_of
 from autoprune.subject import Subject, batches_of
 from autoprune.verify import Stopwatch
@@ -92,9 +94,9 @@ def measured_costs(
     first = resolve(units, task.spec)
     aligned = None
     if table is not None:
-        aligned = CostModel(subject.anatomy.architecture, first, table).aligned_widths
+        aligned = CostModel(with_forms(subject.anatomy.architecture, first), first, table).aligned_widths
     space = resolve(units, task.spec, aligned=aligned)
-    return space, CostModel(subject.anatomy.architecture, space, table), table
+    return space, CostModel(with_forms(subject.anatomy.architecture, space), space, table), table
 
 
 def _table(subject: Subject, folder: Path, progress: Progress) -> LatencyTable:
@@ -102,8 +104,9 @@ def _table(subject: Subject, folder: Path, progress: Progress) -> LatencyTable:
     task = subject.task
     engine = runtime(task.target.runtime)
     space = resolve(subject.anatomy.units, task.spec)
+    architecture = with_forms(subject.anatomy.architecture, space)
     key = of_text(
-        subject.anatomy.architecture, space, task.target.text, tuple(subject.example.shape), engine.version(),
+        architecture, space, task.target.text, tuple(subject.example.shape), engine.version(),
         platform.node(), platform.processor(), "table 2",
     )  # fmt: skip
     path = folder / "tables" / f"{key[:16]}.json"
@@ -122,7 +125,7 @@ def _table(subject: Subject, folder: Path, progress: Progress) -> LatencyTable:
 
     bench = Bench(build, engine, task.target, subject.example)
     table = measure_table(
-        space, subject.anatomy.architecture, bench=bench, key=key, seed=task.seed, progress=progress,
+        space, architecture, bench=bench, key=key, seed=task.seed, progress=progress,
         check=subject.samples.check,
     )  # fmt: skip
     write_text(path, table.model_dump_json(indent=1))
@@ -152,7 +155,7 @@ def prepare(
     storage = None
     if task.stores_otherwise:
         storage = stages.timed("storage", lambda: storage_of(model, space, stitcher.editor, task.size))
-    costs = CostModel(subject.anatomy.architecture, space, table, storage=storage)
+    costs = CostModel(with_forms(subject.anatomy.architecture, space), space, table, storage=storage)
     priors = stages.timed(
         "priors", lambda: _priors(subject, space, stitcher, selection, folder=folder, key=key, progress=progress)
     )
@@ -171,17 +174,23 @@ def prepare(
 def _bank(subject: Subject, batches: tuple[Tensor, ...], folder: Path, progress: Progress) -> tuple[Bank, str]:
     """The bank, read from the run folder when it was made from the same weights, data and methods."""
     task, samples = subject.task, subject.samples
-    settings = CalibrationSettings(patches=samples.patches, gradient_samples=samples.gradients, seed=task.seed)
+    chosen = [choice.method for choice in task.spec.weights if choice.patterns != ("",)]
+    settings = CalibrationSettings(
+        patches=samples.patches, gradient_samples=samples.gradients, seed=task.seed,
+        movement=any("movement" in sparsifier(name).needs for name in chosen),
+    )  # fmt: skip
     names = sorted({choice.method for choice in task.spec.methods})
     versions = [(name, method(name).version) for name in names]
     data = of_tensors([("x", task.data.calibration_inputs), ("y", task.data.calibration_targets)])
-    key = of_text(subject.fingerprint, data, versions, settings, samples, subject.anatomy.units, "bank 2")
+    key = of_text(subject.fingerprint, data, versions, settings, samples, subject.anatomy.units, "bank 3")
     path = folder / "bank" / f"{key[:16]}.safetensors"
     norms = norms_after(subject.model, batches[0][:2])
+    moments = store.Moments(path.parent, key, memory_bytes=task.bank_memory, progress=progress)
     tensors = store.load_tensors(path, key=key)
-    if tensors is not None:
+    known = None if tensors is None else store.unpack(tensors, norms, moments)
+    if known is not None:
         progress.note(f"reused the bank ({path.name})")
-        return store.unpack(tensors, norms), key
+        return known, key
     targets = _classes(subject, batches)
     progress.phase("depth")
     few = batches_of(subject, task.data.calibration_inputs[: samples.refit])
@@ -194,8 +203,8 @@ def _bank(subject: Subject, batches: tuple[Tensor, ...], folder: Path, progress:
         max_columns=settings.max_columns,
     )  # fmt: skip
     statistics = observe(
-        subject.model, subject.anatomy, CalibrationData(batches, targets), others=tuple(runs), settings=settings,
-        progress=progress,
+        subject.model, subject.anatomy, CalibrationData(batches, targets), others=tuple(runs),
+        settings=replace(settings, memory_bytes=task.bank_memory), progress=progress, keep=moments.keep,
     )  # fmt: skip
     orders = rank(
         subject.model, subject.anatomy, statistics, norms=norms, methods=names, targets=torch.cat(targets),

@@ -130,6 +130,19 @@ def test_activation_goes_by_zeros_then_by_strength() -> None:
     assert order_of("activation", replace(view, activity=activity)) == [1, 2, 0, 3]
 
 
+def test_neuron_goes_by_what_its_consumers_would_miss() -> None:
+    view = example_view(6, columns=(1, 9))
+    assert view.activity is not None
+    missed = [0.0] * 6
+    for consumer in view.consumers:
+        outputs, width, columns = consumer.weight.shape
+        for channel in range(width):
+            weights = [float(consumer.weight[o, channel, c]) * float(consumer.scale[o])
+                       for o in range(outputs) for c in range(columns)]  # fmt: skip
+            missed[channel] += sum(weight**2 for weight in weights) * float(view.activity.mean_square[channel])
+    assert order_of("neuron", view) == sorted(range(6), key=missed.__getitem__)
+
+
 def test_random_follows_its_generator() -> None:
     orders = {tuple(order_of("random", example_view(8), seed=seed)) for seed in range(10)}
     assert len(orders) > 1

@@ -8,17 +8,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from autoprune.bank.movement import movement
 from autoprune.core.pattern import Pattern, parse_pattern
 from autoprune.definite import damped_cholesky, mean_diagonal
-from autoprune.errors import ConfigError
+from autoprune.errors import ConfigError, DataError
 from autoprune.sparsity import SPARSIFIERS, sparsifier
 from autoprune.sparsity.base import DAMPING, LayerView
 from autoprune.sparsity.masks import kept_mask
 from autoprune.sparsity.quantise import quantise, scales_of
 
 PATTERNS = ["50%", "70%", "90%", "2:4", "4:8", "1:4", "1x4 50%", "4x1 50%", "2x2 75%"]
+
+
+HALF = [parse_pattern("50%")]
 
 
 def view(outputs: int = 12, inputs: int = 8, positions: int = 9, *, seed: int = 0) -> LayerView:
@@ -29,7 +33,7 @@ def view(outputs: int = 12, inputs: int = 8, positions: int = 9, *, seed: int = 
     mixing = torch.randn(columns // 4, columns, generator=generator, dtype=torch.float64)
     x = latent @ mixing + torch.randn(4 * columns, columns, generator=generator, dtype=torch.float64)
     weight = torch.randn(outputs, columns, generator=generator, dtype=torch.float64)
-    return LayerView(weight, x.T @ x / len(x), inputs)
+    return LayerView(weight, x.T @ x / len(x), inputs, movement=torch.randn(weight.shape, generator=generator).double())
 
 
 def error(layer: LayerView, weight: Tensor) -> float:
@@ -183,3 +187,35 @@ def test_int8_is_the_dense_recursion() -> None:
         owed = (weight[:, column] - codes[:, column] * scale) / inverse[0, 0]
         weight[:, column:] -= owed[:, None] * inverse[0]
     assert torch.equal(done.codes.float(), codes)
+
+
+def test_movement_goes_by_its_scores() -> None:
+    layer = view(outputs=3, inputs=4, positions=1)
+    scores = torch.randn(3, 4, generator=seeded(), dtype=torch.float64)
+    new = sparsifier("movement").sparsify(LayerView(layer.weight, layer.moments, 4, movement=scores), HALF, seeded())[0]
+    lowest = sorted(range(12), key=scores.flatten().tolist().__getitem__)[:6]
+    assert [index for index in range(12) if new.flatten()[index] == 0] == sorted(lowest)
+    with pytest.raises(DataError, match="no fine-tune was observed"):
+        sparsifier("movement").sparsify(LayerView(layer.weight, layer.moments, 4), HALF, seeded())
+
+
+def test_movement_is_the_sum_over_a_fine_tune() -> None:
+    """Against a naive loop: gradients by autograd of the loss written out, steps of momentum by hand."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 5, generator=generator, dtype=torch.float64) * 0.1
+    model = nn.Sequential(nn.Linear(5, 3, bias=False)).double()
+    model[0].weight.data = weight.clone()
+    inputs = torch.randn(64, 5, generator=generator, dtype=torch.float64)
+    classes = torch.arange(64) % 3
+    found = movement(model, ["0"], batches=[inputs], targets=[classes])["0"]
+    now, velocity, total = weight.clone(), torch.zeros_like(weight), torch.zeros_like(weight)
+    for step in range(32):
+        x, wanted = inputs[32 * (step % 2) :][:32], classes[32 * (step % 2) :][:32]
+        probabilities = torch.softmax(x @ now.T, 1)
+        probabilities[torch.arange(32), wanted] -= 1.0
+        gradient = probabilities.T @ x / 32
+        total -= now * gradient
+        velocity = 0.9 * velocity + gradient
+        now -= 1e-3 * velocity
+    torch.testing.assert_close(found, total)
+    assert torch.equal(model[0].weight, weight)

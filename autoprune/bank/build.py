@@ -6,7 +6,7 @@ where several units share a consumer.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from autoprune.bank.calibrate import CalibrationSettings, LayerStatistics, calibrate
+from autoprune.bank.calibrate import CalibrationSettings, LayerStatistics, calibrate, in_memory
 from autoprune.bank.depth import Run
 from autoprune.bank.sparse import Editor
 from autoprune.bank.views import input_matrix, unit_view
@@ -57,14 +57,20 @@ class CalibrationData:
 
 def observe(
     model: nn.Module, anatomy: Anatomy, data: CalibrationData, *, others: Collection[str],
-    settings: CalibrationSettings, progress: Progress,
+    settings: CalibrationSettings, progress: Progress, keep: Callable[[str, Tensor], Tensor] = in_memory,
 ) -> dict[str, LayerStatistics]:  # fmt: skip
-    """The calibration pass: statistics of every layer that reads a unit or is one, and of `others`."""
+    """The calibration pass: statistics of every layer that reads a unit or is one, and of `others`. `keep` as there."""
     readers = [member.layer for group in anatomy.groups for member in group.on("in")]
     weights = [unit.layers[0] for unit in anatomy.units if unit.kind == "weights"]
     layers = dict.fromkeys((*readers, *weights, *others))
     return calibrate(
-        model, tuple(layers), batches=data.batches, targets=data.targets, settings=settings, progress=progress
+        model,
+        tuple(layers),
+        batches=data.batches,
+        targets=data.targets,
+        settings=settings,
+        progress=progress,
+        keep=keep,
     )
 
 

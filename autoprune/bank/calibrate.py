@@ -1,20 +1,21 @@
 """One pass over calibration data: second moments, activity and gradients at the input of every layer that reads a unit.
 
-Memory is bounded: layers whose moments would not fit together are seen in several passes, and a layer too wide for any
-(`max_columns`) keeps the diagonal alone. Products are float32 a batch, summed in float64.
+Memory is bounded: layers whose moments would not fit together are seen in several passes, each pass's are handed to
+whoever keeps them, and a layer too wide for any (`max_columns`) keeps the diagonal alone. Products are float32 a
+batch, summed in float64.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from autoprune.bank.movement import loss_of, movement
 from autoprune.bank.patches import columns, positions_of, sampled_patches
 from autoprune.model.observe import calls, watching
 from autoprune.progress import Progress
@@ -35,6 +36,8 @@ class CalibrationSettings:
     """Moments held at once; more layers than fit are seen in further passes."""
     gradient_samples: int = 512
     seed: int = 0
+    movement: bool = False
+    """Whether a short fine-tune says which weights it moves away from zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,8 @@ class LayerStatistics:
 
     `diagonal` is E[x^2]. `mean_abs`, `zero_share` are (inputs,), `per_sample` (samples, inputs) the mean over
     positions, `taylor` (inputs,) the sum over samples of (sum over positions of x * dL/dx)^2, `output_fisher`
-    (outputs,) the mean over samples of the sum over positions of (dL/dy)^2.
+    (outputs,) the mean over samples of the sum over positions of (dL/dy)^2. `movement`, where it was asked for, is in
+    the weight's shape.
     """
 
     mean: Tensor
@@ -54,6 +58,7 @@ class LayerStatistics:
     per_sample: Tensor
     taylor: Tensor
     output_fisher: Tensor
+    movement: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -93,26 +98,40 @@ def channels_last(layer: nn.Module, inputs: Tensor) -> Tensor:
     return inputs.flatten(2).transpose(1, 2)
 
 
+def in_memory(_layer: str, second: Tensor) -> Tensor:
+    """Keeps second moments where they are."""
+    return second
+
+
 def calibrate(
     model: nn.Module, layers: Sequence[str], *, batches: Sequence[Tensor], targets: Sequence[Tensor],
-    settings: CalibrationSettings, progress: Progress,
+    settings: CalibrationSettings, progress: Progress, keep: Callable[[str, Tensor], Tensor] = in_memory,
 ) -> dict[str, LayerStatistics]:  # fmt: skip
-    """Statistics at the input of each of `layers`. `targets` hold each batch's classes, (samples,), int64."""
+    """Statistics at the input of each of `layers`. `targets` hold each batch's classes, (samples,), int64.
+
+    `keep(layer, second)` is told each layer's second moments as soon as they are whole and returns where they are kept.
+    """
     modules = dict(model.named_modules())
     shapes = {call.name: call for call in calls(model, batches[0][:1])}
     widths = {name: columns(modules[name], shapes[name].inputs) for name in layers}
     passes = list(_passes(widths, settings))
     progress.phase("calibrate", len(batches) * len(passes))
     gradients = _gradients(model, layers, batches=batches, targets=targets, limit=settings.gradient_samples)
-    sums: dict[str, _Sums] = {}
+    moved = movement(model, layers, batches=batches, targets=targets) if settings.movement else {}
+    found: dict[str, LayerStatistics] = {}
     samples = sum(len(batch) for batch in batches)
     for together in passes:
+        sums: dict[str, _Sums] = {}
         for name in together:
             generator = torch.Generator().manual_seed(settings.seed * 7919 + zlib.crc32(name.encode()))
             each = max(1, -(-settings.patches // samples))
             sums[name] = _Sums(each, generator, keeps_second=widths[name] <= settings.max_columns)
-        _observe(model, {name: sums[name] for name in together}, batches, progress)
-    return {name: _finished(sums[name], *gradients[name]) for name in layers}
+        _observe(model, sums, batches, progress)
+        for name in together:
+            done = _finished(sums.pop(name), *gradients[name])
+            second = None if done.second is None else keep(name, done.second)
+            found[name] = replace(done, second=second, movement=moved.get(name))
+    return {name: found[name] for name in layers}
 
 
 def _passes(widths: Mapping[str, int], settings: CalibrationSettings) -> Iterator[list[str]]:
@@ -181,7 +200,7 @@ def _gradients(
         for batch, wanted in zip(few, wanted_of, strict=True):
             floating = batch.clone().requires_grad_() if batch.is_floating_point() else batch
             outputs = model(floating)
-            loss = _loss(outputs[0] if isinstance(outputs, (tuple, list)) else outputs, wanted)
+            loss = loss_of(outputs[0] if isinstance(outputs, (tuple, list)) else outputs, wanted)
             loss.backward()  # type: ignore[no-untyped-call]
     shown = {call.name: call for call in calls(model, batches[0][:1])}
     return {
@@ -191,13 +210,6 @@ def _gradients(
         )
         for name, (taylor, fisher) in sums.items()
     }
-
-
-def _loss(outputs: Tensor, wanted: Tensor) -> Tensor:
-    """Cross-entropy for classes (int64; logits have them in dimension 1), else the squared error; summed."""
-    if wanted.dtype == torch.int64:
-        return functional.cross_entropy(outputs, wanted, reduction="sum")
-    return (outputs - wanted.view_as(outputs)).square().sum()
 
 
 def _taylor(layer: nn.Module, inputs: Tensor, gradient: Tensor) -> Tensor:
@@ -222,7 +234,7 @@ def _finished(sums: _Sums, taylor: Tensor, fisher: Tensor) -> LayerStatistics:
     return LayerStatistics(
         mean=mean,
         diagonal=diagonal,
-        second=torch.as_tensor(sums.second) / sums.count if sums.keeps_second else None,
+        second=torch.as_tensor(sums.second).div_(sums.count) if sums.keeps_second else None,
         mean_abs=torch.as_tensor(sums.mean_abs) / samples,
         zero_share=torch.as_tensor(sums.zero_share) / samples,
         per_sample=torch.cat(sums.per_sample),

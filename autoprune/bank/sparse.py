@@ -20,6 +20,7 @@ from autoprune.core.pattern import parse_pattern
 from autoprune.core.unit import Option
 from autoprune.model.coupling import is_matrix
 from autoprune.model.cut import Kept
+from autoprune.model.factor import factor_layer, low_rank
 from autoprune.model.flow import norm_scale
 from autoprune.packing.coding import Codes
 from autoprune.sparsity import sparsifier
@@ -43,24 +44,56 @@ class Edit:
     weight: Tensor
     shift: Tensor
     codes: Codes | None = None
+    factors: tuple[Tensor, Tensor] | None = None
+    """The weights of the two layers that this one becomes; `weight` is their product."""
+
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        """What is kept of the weights on disk."""
+        if self.codes is not None:
+            return self.codes.codes, self.codes.scales
+        return self.factors if self.factors is not None else (self.weight,)
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
     """What a layer reads: `moments` (columns, columns), about the mean where that can be made up for, and `mean`
-    (columns,), channel-major, float64; and the `scale` (outputs,) that a norm gives what it makes of it.
+    (columns,), channel-major, float64; and the `scale` (outputs,) that a norm gives what it makes of it. `movement`
+    (outputs, columns) are the scores of a fine-tune, where there was one.
     """
 
     moments: Tensor
     mean: Tensor
     scale: Tensor
+    movement: Tensor | None = None
 
 
 def edited(weight: Tensor, reading: Reading, options: Sequence[Option], *, seed: int) -> list[Edit]:
     """What each of `options` makes of `weight` (outputs, inputs, *kernel); together is much faster than one by one."""
+    split = {option: _factored(weight, reading, option.rank) for option in options if option.rank}
+    others = [option for option in dict.fromkeys(options) if not option.rank]
+    found = split | dict(zip(others, _reweighted(weight, reading, others, seed=seed), strict=True))
+    return [found[option] for option in options]
+
+
+def _factored(weight: Tensor, reading: Reading, rank: int) -> Edit:
+    """The layer as two."""
+    matrix = weight.double().flatten(1)
+    first, second = low_rank(matrix, reading.moments, reading.scale, rank)
+    shift = (matrix - second @ first) @ reading.mean
+    factors = (
+        first.reshape(rank, *weight.shape[1:]).to(weight.dtype),
+        second.reshape(len(weight), rank, *(1,) * (weight.ndim - 2)).to(weight.dtype),
+    )
+    return Edit((second @ first).reshape(weight.shape).to(weight.dtype), shift, factors=factors)
+
+
+def _reweighted(weight: Tensor, reading: Reading, options: Sequence[Option], *, seed: int) -> list[Edit]:
+    """The layer with other weights, for options that leave it one layer."""
     order = _by_position(weight)
     moments = reading.moments[order][:, order]
-    view = LayerView(weight.double().flatten(1)[:, order], moments, weight.shape[1], reading.scale.abs())
+    moved = None if reading.movement is None else reading.movement[:, order]
+    view = LayerView(weight.double().flatten(1)[:, order], moments, weight.shape[1], reading.scale.abs(), moved)
     each = max(1, _STACKED_BYTES // (8 * weight.numel()))
     edits: list[Edit] = []
     for start in range(0, len(options), each):
@@ -140,15 +173,18 @@ class Editor:
         statistics, norm = self._statistics[name], self._norms.get(name)
         moments = centred(statistics, shifts=norm is not None or layer.bias is not None)
         assert moments is not None
-        mean = statistics.mean
+        mean, moved = statistics.mean, statistics.movement
+        moved = None if moved is None else moved.double().flatten(1)
         scale = norm_scale(self._modules[norm]) if norm else torch.ones(layer.weight.shape[0], dtype=torch.float64)
-        if norm and kept.outputs is not None:
+        if kept.outputs is not None:
             scale = scale[kept.outputs]
+            moved = None if moved is None else moved[kept.outputs]
         if kept.inputs is not None:
             area = layer.weight[0, 0].numel()
             columns = (kept.inputs[:, None] * area + torch.arange(area)).flatten()
             moments, mean = moments[columns][:, columns], mean[columns]
-        return Reading(moments, mean, scale)
+            moved = None if moved is None else moved[:, columns]
+        return Reading(moments, mean, scale, moved)
 
     def edits(self, name: str, layer: nn.Module, options: Sequence[Option], *, kept: Kept) -> list[Edit]:
         """What each of `options` makes of the weights that `layer` has now, `kept` saying which channels are left."""
@@ -178,12 +214,19 @@ class Editor:
             self._held -= _bytes(oldest)
 
 
-def apply_edit(layer: nn.Module, edit: Edit) -> None:
+def apply_edit(model: nn.Module, name: str, edit: Edit) -> None:
     """Write an edit into a layer of our own copy; its bias, where it has one, makes up for the shift of the mean."""
+    layer = model.get_submodule(name)
     assert is_matrix(layer)
-    layer.weight.data = edit.weight.clone()
     if layer.bias is not None:
         layer.bias.data = layer.bias.data + edit.shift.to(layer.bias.dtype)
+    if edit.factors is None:
+        layer.weight.data = edit.weight.clone()
+        return
+    pair = factor_layer(model, name, len(edit.factors[0]))
+    for part, weight in zip(pair, edit.factors, strict=True):
+        assert is_matrix(part)
+        part.weight.data = weight.clone()
 
 
 def _digest(weight: Tensor) -> bytes:
@@ -191,4 +234,5 @@ def _digest(weight: Tensor) -> bytes:
 
 
 def _bytes(edit: Edit) -> int:
-    return edit.weight.numel() * edit.weight.element_size() + (0 if edit.codes is None else edit.codes.codes.numel())
+    held = (edit.weight, *(edit.stored if edit.codes or edit.factors else ()))
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)

@@ -17,6 +17,7 @@ from autoprune.model.blocks import Block
 from autoprune.model.coupling import Group
 from autoprune.model.cut import CutPlan, Kept, cut, plan_cut
 from autoprune.model.discover import Anatomy
+from autoprune.model.factor import factor_layer
 from autoprune.model.recalibrate import Anchor
 
 
@@ -80,7 +81,7 @@ class Stitcher:
             if name not in gone:
                 layer = model.get_submodule(name)
                 edits[name] = self.editor.edits(name, layer, [option], kept=plan.layers.get(name, Kept()))[0]
-                apply_edit(layer, edits[name])
+                apply_edit(model, name, edits[name])
         return edits
 
     def _solutions(self, options: Mapping[str, Option], plan: CutPlan) -> dict[str, Solution]:
@@ -114,7 +115,13 @@ def _longest(runs: Sequence[Run], dropped: Set[str]) -> Run | None:
 
 def shape_only(model: nn.Module, anatomy: Anatomy, options: Mapping[str, Option]) -> nn.Module:
     """A model of the same shapes as a decision's, weights as they fall: for the clock alone."""
-    return cut(model, _first_channels(anatomy.groups, anatomy.blocks, options, anatomy.widths))
+    shaped = cut(model, _first_channels(anatomy.groups, anatomy.blocks, options, anatomy.widths))
+    gone = {layer for block in anatomy.blocks if options.get(block.name) == DROP for layer in block.layers}
+    for unit in anatomy.units:
+        option = options.get(unit.name)
+        if unit.kind == "weights" and option is not None and option.rank and unit.layers[0] not in gone:
+            factor_layer(shaped, unit.layers[0], option.rank)
+    return shaped
 
 
 def _first_channels(

@@ -1,10 +1,16 @@
-"""A bank on disk: safetensors, one file, keyed by what it was made from. A damaged or foreign file is made anew."""
+"""A bank on disk: safetensors, keyed by what it was made from. A damaged or foreign file is made anew.
+
+Second moments, which are most of it, have a file for each layer; they are read as they are needed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import final
+from urllib.parse import quote
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -12,7 +18,9 @@ from torch import Tensor
 from autoprune.bank.build import Bank
 from autoprune.bank.calibrate import LayerStatistics
 from autoprune.bank.depth import Run
+from autoprune.core.budget import shown
 from autoprune.files import write_bytes
+from autoprune.progress import Progress
 
 _FIELDS = ("mean", "diagonal", "mean_abs", "zero_share", "per_sample", "taylor", "output_fisher")
 
@@ -36,14 +44,56 @@ def load_tensors(path: Path, *, key: str) -> dict[str, Tensor] | None:
         return None
 
 
+@final
+class Moments:
+    """Second moments of a bank: on disk all of them, in memory `memory_bytes` at most."""
+
+    def __init__(self, folder: Path, key: str, *, memory_bytes: int, progress: Progress) -> None:
+        self._folder = folder / f"{key[:16]}.moments"
+        self._key = key
+        self._memory_bytes = memory_bytes
+        self._progress = progress
+        self._held = 0
+        self._told = False
+
+    def keep(self, layer: str, second: Tensor) -> Tensor:
+        """Write a layer's; they come back in memory while there is room, else mapped from their file."""
+        save_tensors(self._path(layer), {"second": second}, {"key": self._key})
+        size = second.numel() * second.element_size()
+        if self._held + size <= self._memory_bytes:
+            self._held += size
+            return second
+        if not self._told:
+            self._told = True
+            self._progress.note(
+                f"second moments take more than the {shown('size', self._memory_bytes)} that the bank may have in "
+                f"memory (--bank-memory); the rest is kept on disk, in {self._folder}"
+            )
+        mapped = self.load(layer)
+        return second if mapped is None else mapped
+
+    def load(self, layer: str) -> Tensor | None:
+        """A layer's, mapped from its file; None where that is not there."""
+        tensors = load_tensors(self._path(layer), key=self._key)
+        return None if tensors is None else tensors.get("second")
+
+    def _path(self, layer: str) -> Path:
+        return self._folder / f"{quote(layer, safe='')}.safetensors"
+
+
 def pack(bank: Bank) -> dict[str, Tensor]:
-    """A bank as named tensors: `layer/...` statistics, `order/...` removal orders, `run/...` depth compensation."""
+    """A bank as named tensors: `layer/...` statistics, `order/...` removal orders, `run/...` depth compensation.
+
+    Second moments are not among them; where a layer has some, `layer/.../second` is empty.
+    """
     tensors: dict[str, Tensor] = {}
     for layer, values in bank.statistics.items():
         for field in _FIELDS:
             tensors[f"layer/{layer}/{field}"] = getattr(values, field)
         if values.second is not None:
-            tensors[f"layer/{layer}/second"] = values.second
+            tensors[f"layer/{layer}/second"] = torch.empty(0)
+        if values.movement is not None:
+            tensors[f"layer/{layer}/movement"] = values.movement
     for unit, methods in bank.orders.items():
         tensors |= {f"order/{unit}/{method}": order for method, order in methods.items()}
     for layer, runs in bank.runs.items():
@@ -53,8 +103,8 @@ def pack(bank: Bank) -> dict[str, Tensor]:
     return tensors
 
 
-def unpack(tensors: Mapping[str, Tensor], norms: Mapping[str, str]) -> Bank:
-    """The inverse of `pack`; `norms` is the model's own."""
+def unpack(tensors: Mapping[str, Tensor], norms: Mapping[str, str], moments: Moments) -> Bank | None:
+    """The inverse of `pack`; `norms` is the model's own. None where a layer's second moments are lost."""
     layers: dict[str, dict[str, Tensor]] = {}
     orders: dict[str, dict[str, Tensor]] = {}
     runs: dict[str, dict[str, dict[str, Tensor]]] = {}
@@ -68,10 +118,13 @@ def unpack(tensors: Mapping[str, Tensor], norms: Mapping[str, str]) -> Bank:
         else:
             layer, blocks = owner.rsplit("/", 1)
             runs.setdefault(layer, {}).setdefault(blocks, {})[field] = tensor
-    statistics = {
-        layer: LayerStatistics(second=fields.get("second"), **{field: fields[field] for field in _FIELDS})
-        for layer, fields in layers.items()
-    }
+    statistics: dict[str, LayerStatistics] = {}
+    for layer, fields in layers.items():
+        second = moments.load(layer) if "second" in fields else None
+        if "second" in fields and second is None:
+            return None
+        known = {field: fields[field] for field in _FIELDS}
+        statistics[layer] = LayerStatistics(second=second, movement=fields.get("movement"), **known)
     return Bank(statistics, orders, norms, {layer: _runs(known) for layer, known in runs.items()})
 
 

@@ -54,8 +54,10 @@ def unit_view(
     first = group.on("in")[0]
     seen = statistics[first.layer]
     places = first.positions
+    each = len(seen.diagonal) // len(seen.mean_abs)
     activity = Activity(
         mean_abs=seen.mean_abs[places].mean(1),
+        mean_square=seen.diagonal.view(-1, each)[places].mean((1, 2)),
         zero_share=seen.zero_share[places].mean(1),
         per_sample=seen.per_sample[:, places].mean(2).double(),
         targets=targets,

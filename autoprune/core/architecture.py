@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from autoprune.core.unit import Form
+
 LayerKind = Literal["conv", "depthwise", "linear", "norm", "other"]
 
 
@@ -13,7 +15,7 @@ class Width:
     """How wide one side of a layer is: `fixed` channels plus, for each unit, `times` the channels it keeps."""
 
     fixed: int
-    terms: tuple[tuple[str, int], ...] = ()  # (unit name, times)
+    terms: tuple[tuple[str, float], ...] = ()  # (unit name, times)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,8 @@ class Layer:
     MACs are `positions * kernel * inputs * outputs / groups` for one sample, where `positions` is the number of output
     positions and `kernel` the kernel's area; a depthwise layer has one input for each output. `weights` and `extra`
     count parameters: `weights` of them go with inputs times outputs (outputs alone when depthwise or norm), `extra`
-    with outputs. `buffers` likewise counts bytes of buffers. `block` is the unit whose removal removes the layer.
+    with outputs. `buffers` likewise counts bytes of buffers. `block` is the unit whose removal removes the layer. A
+    layer that is there in several forms is listed once for each: it is there when the option of `unit` says `form`.
     """
 
     name: str
@@ -41,6 +44,8 @@ class Layer:
     buffer_bytes_fixed: int
     """Bytes of buffers whatever the width (a batch counter)."""
     block: str | None = None
+    unit: str | None = None
+    form: Form = "float"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ class Storage:
     """How many bytes things take on disk."""
 
     rates: Mapping[str, Sequence[float]]
-    """For each `weights` unit, bytes a weight under each of its options."""
+    """For each `weights` unit, bytes a weight (of those there are in its form) under each of its options."""
     dense_bytes: float | None = None
     """The dense model's file, where it is not the plain sum of its tensors."""
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from autoprune.core.pattern import parse_pattern
-from autoprune.core.unit import Bits, Compensate, Kind, Option, SizeOf
+from autoprune.core.unit import LOW_RANK, Bits, Compensate, Kind, Option, SizeOf
 
 FORMAT: Final = 1
 
@@ -29,7 +29,8 @@ class _Value(BaseModel):
 class UnitDecision(_Value):
     """What happens to one unit: `keep` of its `of` channels or weights by `method`, or the block dropped (keep 0 of 1).
 
-    Zeros in a layer's weights follow `pattern` (`2:4`, `70%`, `4x1 50%`); `bits` says how they are stored.
+    Zeros in a layer's weights follow `pattern` (`2:4`, `70%`, `4x1 50%`); `bits` says how they are stored. With a
+    `rank` the layer is two, that many channels between them.
     """
 
     kind: Kind
@@ -39,6 +40,7 @@ class UnitDecision(_Value):
     compensate: Compensate = "none"
     pattern: str = ""
     bits: Bits = 32
+    rank: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> UnitDecision:
@@ -48,8 +50,10 @@ class UnitDecision(_Value):
             raise ValueError("at least one channel must stay (keep: 1)")
         if self.kind == "block" and self.of != 1:
             raise ValueError("a block is one thing (of: 1)")
-        if self.kind != "weights" and (self.pattern or self.bits != 32):
-            raise ValueError("a pattern and bits belong to weights (kind: weights)")
+        if self.kind != "weights" and (self.pattern or self.bits != 32 or self.rank):
+            raise ValueError("a pattern, bits and a rank belong to weights (kind: weights)")
+        if (self.method == LOW_RANK) != bool(self.rank) or (self.rank and (self.pattern or self.bits != 32)):
+            raise ValueError("method low_rank has a rank, and neither pattern nor bits")
         if self.pattern:
             parse_pattern(self.pattern)
         return self
@@ -57,7 +61,7 @@ class UnitDecision(_Value):
     @property
     def option(self) -> Option:
         """The same as an option of a space."""
-        return Option(self.method, self.keep, self.compensate, self.pattern, self.bits)
+        return Option(self.method, self.keep, self.compensate, self.pattern, self.bits, self.rank)
 
 
 class ModelIdentity(_Value):

@@ -10,6 +10,9 @@ Compensate = Literal["none", "least_squares"]
 Bits = Literal[3, 4, 5, 6, 8, 32]
 """How a layer's weights are stored: integers of so many bits with one scale an output, or floats."""
 
+Form = Literal["float", "low_rank"]
+"""In what form a layer is there, as far as that decides what it costs to run: zeros and stored integers do not."""
+
 SizeOf = Literal["plain", "packed"]
 """What is counted as a model's size: the bytes of its tensors, or the packed file."""
 
@@ -20,7 +23,8 @@ class Unit:
 
     A `channels` unit is named by the root layer of a group of coupled channels and has `width` of them; a `block`
     unit is named by its module and has width 1; a `weights` unit is named by one layer's weight (`fc1.weight`) and has
-    `width` of them. `layers` are all layers it touches; `parent` is the block unit whose removal makes this unit moot.
+    `width` of them, the same number for each of `outputs`. `layers` are all layers it touches; `parent` is the block
+    unit whose removal makes this unit moot.
     """
 
     name: str
@@ -28,6 +32,7 @@ class Unit:
     width: int
     layers: tuple[str, ...]
     parent: str | None = None
+    outputs: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +40,8 @@ class Option:
     """One thing done to one unit: `method` chooses which `keep` of its channels stay, `compensate` mends the rest.
 
     The method `keep` leaves the unit as it is; the method `drop` removes a block (keep 0). Of a `weights` unit the
-    `keep` weights stay that `pattern` leaves (`2:4`, `70%`, ...; empty: all, method `dense`), stored in `bits`.
+    `keep` weights stay that `pattern` leaves (`2:4`, `70%`, ...; empty: all, method `dense`), stored in `bits`. The
+    method `low_rank` makes two layers of one, with `rank` channels between them and `keep` weights in both.
     """
 
     method: str
@@ -43,10 +49,18 @@ class Option:
     compensate: Compensate = "none"
     pattern: str = ""
     bits: Bits = 32
+    rank: int = 0
+
+    @property
+    def form(self) -> Form:
+        """In what form the layer of a `weights` unit is there."""
+        return "low_rank" if self.rank else "float"
 
     @property
     def label(self) -> str:
-        """A short name, unique within a unit: `obs+least_squares:12`, `sparsegpt 2:4 int8`."""
+        """A short name, unique within a unit: `obs+least_squares:12`, `sparsegpt 2:4 int8`, `low_rank 8`."""
+        if self.rank:
+            return f"{self.method} {self.rank}"
         if self.pattern or self.bits < 32:
             parts = (self.method, self.pattern, f"int{self.bits}" if self.bits < 32 else "")
             return " ".join(part for part in parts if part)
@@ -59,3 +73,5 @@ def keep_all(unit: Unit) -> Option:
 
 
 DROP = Option("drop", 0)
+LOW_RANK = "low_rank"
+"""The method that splits a layer in two."""

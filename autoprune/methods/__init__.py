@@ -12,6 +12,7 @@ from autoprune.methods.fpgm import FPGM
 from autoprune.methods.l1 import L1
 from autoprune.methods.l2 import L2
 from autoprune.methods.mrmr import MRMR
+from autoprune.methods.neuron import Neuron
 from autoprune.methods.obs import OBS
 from autoprune.methods.random import Random
 from autoprune.methods.taylor import Taylor
@@ -23,6 +24,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "fpgm": FPGM,
     "taylor": Taylor,
     "activation": Activation,
+    "neuron": Neuron,
     "mrmr": MRMR,
     "obs": OBS,
     "random": Random,

@@ -35,11 +35,12 @@ class Consumer:
 class Activity:
     """What the unit's channels did on calibration data, as their consumers saw it (after norm and activation).
 
-    `mean_abs` and `zero_share` are (width,). `per_sample` is (samples, width): the mean over positions.
+    `mean_abs`, `mean_square` and `zero_share` are (width,). `per_sample` is (samples, width): the mean over positions.
     `targets` is (samples,): the class of each sample (its label, or the dense model's answer).
     """
 
     mean_abs: Tensor
+    mean_square: Tensor
     zero_share: Tensor
     per_sample: Tensor
     targets: Tensor

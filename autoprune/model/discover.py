@@ -108,7 +108,7 @@ def _weight_units(model: nn.Module, example: Tensor, blocks: Sequence[Block], *,
         if times > 1 or not is_matrix(layer) or _is_protected((name,), dense):
             continue
         parent = next((block.name for block in blocks if name in block.layers), None)
-        units.append(Unit(f"{name}.weight", "weights", layer.weight.numel(), (name,), parent))
+        units.append(Unit(f"{name}.weight", "weights", layer.weight.numel(), (name,), parent, len(layer.weight)))
     return units
 
 

@@ -61,7 +61,7 @@ class _Neighbours:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Stored:
-    """The layers whose weights a unit of the space may store otherwise: W of them."""
+    """The layers whose weights a unit of the space may store otherwise: W of them, one unit's in all their forms."""
 
     unit: NDArray[np.intp]
     layer: NDArray[np.intp]
@@ -92,7 +92,9 @@ class CostModel:
         self._costs = _price_lists(architecture, self._map, table)
         self.storage = storage
         self._stored = _stored(architecture, space, storage.rates if storage else None)
-        self._blocks = tuple(index for index, unit in enumerate(space.units) if unit.kind == "block")
+        self._shaped = self._map.shaped()
+        blocks = (index for index, unit in enumerate(space.units) if unit.kind == "block")
+        self._whole = tuple(sorted({*blocks, *self._shaped}))
         self._neighbours = _neighbours(space, self._map)
         if storage is not None and storage.dense_bytes is not None:
             size = self._costs["size"]
@@ -129,10 +131,10 @@ class CostModel:
         change = (costs.at(inputs[None], outputs[None], flat.layer)[0] - before) * live
         rows: Array = np.bincount(flat.row, weights=change, minlength=int(flat.starts[-1])).astype(np.float64)
         changes = np.split(rows, flat.starts[1:-1])
-        for unit, change_of_block in self._block_changes(metric, incumbent):
-            changes[unit] = change_of_block
         if metric == "size":
             self._restore(changes, raw, now)
+        for unit, whole_changes in self._whole_changes(metric, incumbent):
+            changes[unit] = whole_changes
         return changes
 
     def _restore(self, changes: list[Array], incumbent: Choices, now: Widths) -> None:
@@ -148,7 +150,7 @@ class CostModel:
         """
         choice = self.space.normal(tuple(size - 1 for size in self.space.sizes))
         self._list(metric, as_array(choice))
-        if metric != "latency" and not (metric == "size" and len(self._stored.unit)):
+        if metric != "latency" and not self._shaped and not (metric == "size" and len(self._stored.unit)):
             return choice
         lower = self._descended(metric, choice)
         while self.cost(metric, lower) < self.cost(metric, choice) * (1 - _GAIN):
@@ -175,6 +177,8 @@ class CostModel:
         touching = (self._map.input_times + self._map.output_times > 0) & priced  # (U, L)
         if metric == "size":
             touching[self._stored.unit, self._stored.layer] = True
+        for unit in self._shaped:
+            touching[unit] |= (self._map.layer_unit == unit) & priced
         return bool((touching.sum(axis=0) <= 1).all())
 
     def _descended(self, metric: Metric, choice: Choice) -> Choice:
@@ -183,16 +187,16 @@ class CostModel:
             choice = (*choice[:unit], best, *choice[unit + 1 :])
         return choice
 
-    def _block_changes(self, metric: Metric, incumbent: Choice) -> list[tuple[int, Array]]:
-        """(unit, changes of its options) for every block unit, by evaluating each neighbour whole."""
-        if not self._blocks:
+    def _whole_changes(self, metric: Metric, incumbent: Choice) -> list[tuple[int, Array]]:
+        """(unit, changes of its options) for units that add or remove layers, by evaluating each neighbour whole."""
+        if not self._whole:
             return []
-        sizes = [self.space.sizes[unit] for unit in self._blocks]
+        sizes = [self.space.sizes[unit] for unit in self._whole]
         neighbours = np.repeat(as_array(incumbent), 1 + sum(sizes), axis=0)  # the first stays the incumbent
-        columns = np.repeat(self._blocks, sizes)
+        columns = np.repeat(self._whole, sizes)
         neighbours[np.arange(1, len(neighbours)), columns] = np.concatenate([np.arange(size) for size in sizes])
         costs = self.evaluate(metric, neighbours)
-        return list(zip(self._blocks, np.split(costs[1:] - costs[0], np.cumsum(sizes)[:-1]), strict=True))
+        return list(zip(self._whole, np.split(costs[1:] - costs[0], np.cumsum(sizes)[:-1]), strict=True))
 
     def _list(self, metric: Metric, choices: Choices) -> LayerCosts:
         """The prices at `choices` (P, U); the same for all but of bytes."""
@@ -260,12 +264,17 @@ def _latency(layers: Sequence[Layer], widths: WidthMap, table: LatencyTable) -> 
 
 
 def _stored(architecture: Architecture, space: Space, rates: Mapping[str, Sequence[float]] | None) -> _Stored:
-    places = {layer.name: index for index, layer in enumerate(architecture.layers)}
-    units = [index for index, unit in enumerate(space.units) if unit.kind == "weights" and rates is not None]
+    pairs = [
+        (index, place)
+        for index, unit in enumerate(space.units)
+        if unit.kind == "weights" and rates is not None
+        for place, layer in enumerate(architecture.layers)
+        if unit.name == layer.unit or unit.layers == (layer.name,)
+    ]
     return _Stored(
-        np.asarray(units, dtype=np.intp),
-        np.asarray([places[space.units[unit].layers[0]] for unit in units], dtype=np.intp),
-        tuple(np.asarray((rates or {})[space.units[unit].name], dtype=np.float64) for unit in units),
+        np.asarray([unit for unit, _ in pairs], dtype=np.intp),
+        np.asarray([place for _, place in pairs], dtype=np.intp),
+        tuple(np.asarray((rates or {})[space.units[unit].name], dtype=np.float64) for unit, _ in pairs),
     )
 
 

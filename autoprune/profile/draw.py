@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from autoprune.core.space import Choice, Space
+from autoprune.core.space import Choice, Space, UnitOptions
 from autoprune.core.unit import DROP
 
 WIDEST_DROP_SHARE = 0.6
@@ -42,6 +43,8 @@ def _batch(space: Space, count: int, rng: np.random.Generator, *, kind: _Kind) -
         return []
     levels = _strata(count, rng)
     drop_shares = WIDEST_DROP_SHARE * _strata(count, rng) * (rng.random(count) < 0.75)
+    shaped = any(option.form != "float" for entry in space.entries for option in entry.options)
+    form_shares = _strata(count, rng) * (rng.random(count) < 0.75) if shaped else np.zeros(count)
     columns = []
     for entry in space.entries:
         quantiles = _strata(count, rng)
@@ -49,8 +52,8 @@ def _batch(space: Space, count: int, rng: np.random.Generator, *, kind: _Kind) -
             last = len(entry.options) - 1
             columns.append((last * (quantiles < drop_shares)).tolist())
             continue
-        if entry.unit.kind == "weights":  # no runtime here gains time from zeros
-            columns.append([0] * count)
+        if entry.unit.kind == "weights":
+            columns.append(_forms(entry, shaped=quantiles < form_shares, rng=rng))
             continue
         if kind == "levelled":
             quantiles = rng.beta(0.5 + 5 * levels, 0.5 + 5 * (1 - levels))
@@ -58,6 +61,15 @@ def _batch(space: Space, count: int, rng: np.random.Generator, *, kind: _Kind) -
         places = np.minimum(len(firsts) * quantiles, len(firsts) - 1).astype(np.intp)
         columns.append([firsts[place] for place in places])
     return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _forms(entry: UnitOptions, *, shaped: NDArray[np.bool_], rng: np.random.Generator) -> list[int]:
+    """Option indices: where `shaped`, any that gives the layer another form. Zeros and stored integers cost no time."""
+    others = [index for index, option in enumerate(entry.options) if option.form != "float"]
+    if not others:
+        return [0] * len(shaped)
+    drawn = rng.choice(others, len(shaped))
+    return [int(index) if changes else 0 for index, changes in zip(drawn, shaped, strict=True)]
 
 
 def _drop_each_block_once(space: Space, batch: list[list[int]], rng: np.random.Generator) -> None:

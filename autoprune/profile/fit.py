@@ -79,7 +79,7 @@ def design(widths: Widths, dense: Widths, layers: Sequence[Layer | None], block:
         loads |= {(layer.signature, name): float(share) for (_, layer), share in zip(timed, work, strict=True)}
         scale = work / feature.full(full_in, full_out)  # (1, L)
         shares = present * feature.of(inputs, outputs, block) * scale  # (P, L)
-        whole = feature.of(full_in, full_out, block) * scale
+        whole = feature.of(full_in, full_out, block) * scale * dense.present[:, places]
         for group, members in (*common, *shapes):
             column, total = shares[:, members].sum(axis=1), float(whole[0, members].sum())
             if not np.allclose(column, total):

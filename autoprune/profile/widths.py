@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self, final
+from typing import Self, final, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autoprune.core.architecture import Architecture, Width
 from autoprune.core.space import Choice, Space
+from autoprune.core.unit import Form
+
+_FORMS: tuple[Form, ...] = get_args(Form)
 
 Choices = NDArray[np.int64]  # (P, U) option indices
 Array = NDArray[np.float64]
@@ -39,6 +43,11 @@ class WidthMap:
     input_times: Array
     output_fixed: Array
     output_times: Array
+    forms: NDArray[np.intp]
+    """(U, O) which form each option gives its unit's layer, the last repeated as in `keeps`."""
+    layer_unit: NDArray[np.intp]
+    """(L,) the unit that decides the layer's form; -1 where none does."""
+    layer_form: NDArray[np.intp]
 
     @classmethod
     def of(cls, architecture: Architecture, space: Space) -> Self:
@@ -53,6 +62,12 @@ class WidthMap:
             input_times=input_times,
             output_fixed=output_fixed,
             output_times=output_times,
+            forms=_padded([[_FORMS.index(option.form) for option in e.options] for e in space.entries]).astype(np.intp),
+            layer_unit=np.asarray(
+                [-1 if layer.unit is None else space.names.index(layer.unit) for layer in architecture.layers],
+                dtype=np.intp,
+            ),
+            layer_form=np.asarray([_FORMS.index(layer.form) for layer in architecture.layers], dtype=np.intp),
         )
 
     def moot(self, choices: Choices) -> NDArray[np.bool_]:
@@ -68,17 +83,30 @@ class WidthMap:
 
     def at(self, choices: Choices) -> Widths:
         """Widths of all layers for `choices` of shape (P, U)."""
-        kept = self.keeps[np.arange(len(self.keeps)), self.normal(choices)]  # (P, U)
+        normal, units = self.normal(choices), np.arange(len(self.keeps))
+        kept = self.keeps[units, normal]  # (P, U)
         removers = (kept == 0).astype(np.float64) @ self.removes  # (P, L) how many dropped blocks hold the layer
         return Widths(
             inputs=self.input_fixed + kept @ self.input_times,
             outputs=self.output_fixed + kept @ self.output_times,
-            present=(removers == 0).astype(np.float64),
+            present=((removers == 0) & self._formed(self.forms[units, normal])).astype(np.float64),
         )
+
+    def _formed(self, forms: NDArray[np.intp]) -> NDArray[np.bool_]:
+        """(P, L) whether each layer is there in the form that its unit's option gives, `forms` being (P, U)."""
+        free = self.layer_unit < 0
+        if free.all():
+            return np.ones((1, len(free)), dtype=np.bool_)
+        matching: NDArray[np.bool_] = free | (forms[:, self.layer_unit] == self.layer_form)
+        return matching
 
     def touched(self, unit: int) -> NDArray[np.intp]:
         """Layers whose widths depend on `unit`."""
         return np.flatnonzero(self.input_times[unit] + self.output_times[unit])
+
+    def shaped(self) -> tuple[int, ...]:
+        """Units that decide in which form a layer is there."""
+        return tuple(sorted(set(self.layer_unit.tolist()) - {-1}))
 
 
 def as_array(choice: Choice) -> Choices:
@@ -87,9 +115,13 @@ def as_array(choice: Choice) -> Choices:
 
 
 def _keeps(space: Space) -> Array:
-    longest = max(space.sizes, default=0)
-    rows = [[option.keep for option in entry.options] for entry in space.entries]
-    padded = [row + row[-1:] * (longest - len(row)) for row in rows]
+    return _padded([[option.keep for option in entry.options] for entry in space.entries])
+
+
+def _padded(rows: Sequence[Sequence[float]]) -> Array:
+    """(rows, longest), the last of each row repeated."""
+    longest = max((len(row) for row in rows), default=0)
+    padded = [[*row, *[row[-1]] * (longest - len(row))] for row in rows]
     return np.asarray(padded, dtype=np.float64).reshape(len(rows), longest)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -299,7 +299,9 @@ def _write(
     layer.weight.data = (solved[:-1].T / scale[:, None]).reshape(weight.shape).to(weight.dtype)
     edit = None
     if option is not None:
-        edit = edited(layer.weight.detach(), normal.reading(scale), [option], seed=0)[0]
+        # No fine-tune was seen here: where scores of one are wanted, what stayed stays.
+        reading = replace(normal.reading(scale), movement=(weight != 0).double().flatten(1))
+        edit = edited(layer.weight.detach(), reading, [option], seed=0)[0]
         layer.weight.data = edit.weight.clone()
         solved[-1] += scale * edit.shift if normal.constant else 0.0
     difference = solved[-1] - constant

@@ -5,13 +5,13 @@ Both for channels, and for zeros inside layers where a space has them (all other
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from autoprune.core.pattern import parse_pattern
 from autoprune.core.space import Choice
-from autoprune.core.unit import Compensate
+from autoprune.core.unit import Compensate, Kind, Option
 from autoprune.searching.problem import Floats, Ints, Problem, as_choice
 
 _SLACK = 1e-9  # of rounding in a fraction times a width
@@ -23,7 +23,7 @@ def uniform(problem: Problem, *, method: str, compensate: Compensate = "none") -
     Each unit takes its widest option of this method at most that wide (its narrowest, when none is so narrow), or
     stays whole. None when even the narrowest does not fit.
     """
-    menu = _menu(problem, method, compensate)
+    menu = _narrower(problem, method, compensate)
     fractions = np.unique(np.concatenate([[1.0], *(keeps / keeps[0] for keeps, _ in menu.values())]))[::-1]
     choices = np.array([_by_unit(problem, menu, _shares(menu, float(ratio))) for ratio in fractions])
     return _first_that_fits(problem, choices)
@@ -38,7 +38,9 @@ def global_magnitude(
     lowest threshold that fits is found by bisection, taking costs to fall as it rises. Blocks are kept, and a unit
     takes its widest option of this method with at most the channels that stay. None when nothing fits.
     """
-    menu = {unit: entry for unit, entry in _menu(problem, method, compensate).items() if _name(problem, unit) in scores}
+    menu = {
+        unit: entry for unit, entry in _narrower(problem, method, compensate).items() if _name(problem, unit) in scores
+    }
     normal = {unit: np.sort(_normalised(scores[_name(problem, unit)])) for unit in menu}
     levels = np.unique(np.concatenate([[-1.0], *normal.values()]))
 
@@ -60,7 +62,7 @@ def global_magnitude(
 
 def uniform_sparsity(problem: Problem, *, method: str, bits: int) -> Choice | None:
     """The least common sparsity inside all layers that fits, by one sparsifier; None when nothing fits."""
-    menu = _sparse_menu(problem, method, bits)
+    menu = _sparser(problem, method, bits)
     if not menu:
         return None
     patterns = {option.pattern for entry in problem.space.entries for option in entry.options if option.pattern}
@@ -71,6 +73,15 @@ def uniform_sparsity(problem: Problem, *, method: str, bits: int) -> Choice | No
     return _first_that_fits(problem, choices)
 
 
+def uniform_ranks(problem: Problem) -> Choice | None:
+    """All layers in two by the largest common share of their weights that fits; None when nothing fits."""
+    menu = _menu(problem, "weights", lambda option: bool(option.rank) or option.method == "keep")
+    shares = sorted({keep / keeps[0] for keeps, _ in menu.values() for keep in keeps}, reverse=True)
+    if len(shares) < 2:
+        return None
+    return _first_that_fits(problem, np.array([_by_unit(problem, menu, _shares(menu, share)) for share in shares]))
+
+
 def global_sparsity(
     problem: Problem, weights: Mapping[str, Floats], *, method: str = "magnitude", bits: int
 ) -> Choice | None:
@@ -79,7 +90,7 @@ def global_sparsity(
     `weights` holds the absolute values of each `weights` unit. A unit takes its densest option of this method with at
     most the weights that stay. None when nothing fits.
     """
-    menu = {u: entry for u, entry in _sparse_menu(problem, method, bits).items() if _name(problem, u) in weights}
+    menu = {u: entry for u, entry in _sparser(problem, method, bits).items() if _name(problem, u) in weights}
     if not menu:
         return None
     ordered = {unit: np.sort(weights[_name(problem, unit)]) for unit in menu}
@@ -98,41 +109,38 @@ def _first_that_fits(problem: Problem, choices: Ints) -> Choice | None:
     return as_choice(choices[fitting[0]]) if len(fitting) else None
 
 
-def _sparse_menu(problem: Problem, method: str, bits: int) -> _Menu:
-    """Options inside layers in `bits`: all weights, then fewer by `method`."""
+_THRESHOLDS = 1001
+_Menu = dict[int, tuple[Ints, Ints]]
+"""For a unit: (widths or weights kept, option indices), most first; the first is the unit left whole."""
+
+
+def _menu(problem: Problem, kind: Kind, allowed: Callable[[Option], bool]) -> _Menu:
+    """Of each unit of a kind the options that are `allowed`; units without any are left out."""
     menu: _Menu = {}
     for unit, entry in enumerate(problem.space.entries):
-        if entry.unit.kind != "weights":
-            continue
-        indices = [
-            index
-            for index, option in enumerate(entry.options)
-            if option.bits == bits and option.method in (method, "dense", "keep")
-        ]
+        indices = [index for index, option in enumerate(entry.options) if entry.unit.kind == kind and allowed(option)]
         if indices:
             keeps = [entry.options[index].keep for index in indices]
             menu[unit] = (np.array(keeps, dtype=np.int64), np.array(indices, dtype=np.int64))
     return menu
 
 
-_THRESHOLDS = 1001
-_Menu = dict[int, tuple[Ints, Ints]]
-"""For a unit: (widths or weights kept, option indices), most first; the first is the unit left whole."""
+def _narrower(problem: Problem, method: str, compensate: Compensate) -> _Menu:
+    """Widths by one method, the full one first."""
+
+    def allowed(option: Option) -> bool:
+        return option.method == "keep" or (option.method == method and option.compensate == compensate)
+
+    return _menu(problem, "channels", allowed)
 
 
-def _menu(problem: Problem, method: str, compensate: Compensate) -> _Menu:
-    menu: _Menu = {}
-    for unit, entry in enumerate(problem.space.entries):
-        if entry.unit.kind != "channels":
-            continue
-        indices = [
-            index
-            for index, option in enumerate(entry.options)
-            if index == 0 or (option.method == method and option.compensate == compensate)
-        ]
-        keeps = [entry.options[index].keep for index in indices]
-        menu[unit] = (np.array(keeps, dtype=np.int64), np.array(indices, dtype=np.int64))
-    return menu
+def _sparser(problem: Problem, method: str, bits: int) -> _Menu:
+    """Options inside layers in `bits`: all weights, then fewer by `method`."""
+
+    def allowed(option: Option) -> bool:
+        return option.bits == bits and option.method in (method, "dense", "keep")
+
+    return _menu(problem, "weights", allowed)
 
 
 def _shares(menu: _Menu, ratio: float) -> dict[int, float]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from autoprune import plugins
 from autoprune.sparsity.base import Sparsifier
 from autoprune.sparsity.magnitude import Magnitude
+from autoprune.sparsity.movement import Movement
 from autoprune.sparsity.random import Random
 from autoprune.sparsity.sparsegpt import SparseGPT
 from autoprune.sparsity.wanda import Wanda
@@ -15,6 +16,7 @@ SPARSIFIERS: dict[str, Callable[[], Sparsifier]] = {
     "magnitude": Magnitude,
     "wanda": Wanda,
     "sparsegpt": SparseGPT,
+    "movement": Movement,
     "random": Random,
 }
 
