@@ -90,7 +90,7 @@ ALL_FLAGS = """
     --model a.py:m --data a.py:d --weights w.pt --metric a.py:f --lower-is-better -b 3ms,5ms -b 2MB --max-drop 1%
     --size packed --min-accuracy 0.9 --space mine.yaml --protect a* --protect b --runtime torch --device cuda
     --threads 2 --batch 4 --example 1,3,8,8 --trials 9 --seconds 3.5 --seed 7 --sampler tpe
-    --finalists 2 --no-refit --run here
+    --finalists 2 --no-refit --bank-memory 1GB --run here
 """
 
 
@@ -115,6 +115,7 @@ def test_every_flag_reaches_the_configuration(api: Api) -> None:
             "seed": 7,
             "sampler": "tpe",
             "finalists": 2,
+            "bank_memory": 1_000_000_000,
             "refit": False,
         },
         "run": "here",
