@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from autoprune.core.policy import Policy
 from autoprune.core.unit import DROP
 from autoprune.errors import PolicyError, listed, near_miss
-from autoprune.evidence import KEPT, SCALES, TENSOR
+from autoprune.evidence import GRIDS, KEPT, SCALES, TENSOR
 from autoprune.files import read_policy
 from autoprune.model.cut import CutPlan, cut, plan_cut
 from autoprune.model.discover import Anatomy
 from autoprune.model.factor import factor_layer
+from autoprune.model.flow import norms_after
+from autoprune.model.integers import Arithmetic, compute_in_integers
 from autoprune.packing.coding import Codes
 from autoprune.subject import Subject
 
@@ -35,6 +37,8 @@ class Applied:
     """The weights that are stored as integers, by their names in the model's state."""
     ranks: Mapping[str, int]
     """Layers that are two now, with the channels between them."""
+    arithmetic: Mapping[str, Arithmetic]
+    """Layers that compute in integers."""
 
 
 def apply(path: Path, subject: Subject) -> Applied:
@@ -58,12 +62,31 @@ def apply(path: Path, subject: Subject) -> Applied:
     ranks = {layers[name]: option.rank for name, option in options.items() if option.rank and layers[name] not in gone}
     for layer, rank in ranks.items():
         factor_layer(model, layer, rank)
+    integer = [layers[name] for name, option in options.items() if option.form == "integer"]
+    arithmetic = _arithmetic(path, subject, [layer for layer in integer if layer not in gone], tensors)
+    for layer, each in arithmetic.items():
+        compute_in_integers(model, layer, each)
     state = {name.removeprefix(TENSOR): tensor for name, tensor in tensors.items() if name.startswith(TENSOR)}
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise PolicyError(f"{path}: its side file {policy.weights} does not fit the cut model: {error}") from None
-    return Applied(policy, model, plan, _quantised(path, policy, state, tensors), ranks)
+    return Applied(policy, model, plan, _quantised(path, policy, state, tensors), ranks, arithmetic)
+
+
+def _arithmetic(
+    path: Path, subject: Subject, layers: Sequence[str], tensors: Mapping[str, Tensor]
+) -> dict[str, Arithmetic]:
+    """How `layers` compute in integers. Raises PolicyError where the side file does not say it."""
+    norms = norms_after(subject.model, subject.task.data.validation_inputs[:2]) if layers else {}
+    found = {}
+    for layer in layers:
+        numbers = tensors.get(GRIDS + layer)
+        try:
+            found[layer] = Arithmetic.of(norms.get(layer, layer), [] if numbers is None else numbers.tolist())
+        except (ValueError, TypeError) as error:
+            raise PolicyError(f"{path}: units.{layer}.weight: its side file has no grids for it: {error}") from None
+    return found
 
 
 def _quantised(

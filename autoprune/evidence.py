@@ -33,6 +33,8 @@ TENSOR = "tensor/"
 """Prefix of the side file's tensors that hold the cut model's state."""
 SCALES = "scales/"
 """Prefix of the side file's tensors that hold the scales of int8 weights, by the weights' names in the state."""
+GRIDS = "grids/"
+"""Prefix of the side file's tensors that hold, by layer, the grids of what a layer reads and makes in integers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ def write_down(bench: Workbench, found: Found, floor: Floor, *, title: str) -> W
         if contender.label != "finalist" and contender.recovery is not None:
             held_out = score(contender.candidate.model, task.evaluator, part, batch=bench.subject.batch)
             baselines[f"{contender.label}, refitted"] = measured(bench, contender, held_out)
-    side = side_file(found.chosen)
+    side = side_file(bench, found.chosen)
     policy = _policy(bench, found, floor, Evidence(
         metric=task.evaluator.name, dense=dense, pruned=chosen, baselines=baselines, verified=True,
         search=_search_facts(bench, found),
@@ -115,11 +117,16 @@ def judge(
     return met, "; ".join(parts)
 
 
-def side_file(chosen: Contender) -> bytes:
-    """Exact kept indices, the cut model's whole state, and the scales of what is stored as integers, as safetensors."""
+def side_file(bench: Workbench, chosen: Contender) -> bytes:
+    """Exact kept indices, the cut model's whole state, the scales of what is stored as integers and the grids of what
+    computes in them, as safetensors.
+    """
     tensors = {KEPT + unit: indices for unit, indices in chosen.candidate.plan.units.items()}
     tensors |= {TENSOR + name: tensor for name, tensor in chosen.candidate.model.state_dict().items()}
     tensors |= {SCALES + name: codes.scales for name, codes in quantised_of(chosen.candidate).items()}
+    for layer, option in bench.stitcher.edited_layers(bench.space.options_of(chosen.choice)).items():
+        if option.form == "integer" and layer in chosen.candidate.edits:
+            tensors[GRIDS + layer] = torch.tensor(bench.stitcher.arithmetic[layer].numbers, dtype=torch.float64)
     return bytes(save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}))
 
 
@@ -172,6 +179,7 @@ def decisions(units: Mapping[str, Unit], options: Mapping[str, Option]) -> dict[
         name: UnitDecision(
             kind=units[name].kind, method=option.method, keep=option.keep, of=units[name].width,
             compensate=option.compensate, pattern=option.pattern, bits=option.bits, rank=option.rank,
+            inputs=option.inputs,
         )
         for name, option in options.items()
     }  # fmt: skip

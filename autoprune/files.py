@@ -146,7 +146,7 @@ def _plain(policy: Policy) -> dict[str, Any]:
     if policy.evidence is not None:
         content["evidence"]["search"] = dict(policy.evidence.search)  # whatever it holds, None included
     for unit in content["units"].values():
-        for key, usual in (("compensate", "none"), ("pattern", ""), ("bits", 32)):
+        for key, usual in (("compensate", "none"), ("pattern", ""), ("bits", 32), ("rank", 0), ("inputs", 32)):
             if unit[key] == usual:
                 del unit[key]
     if content["size"] == "plain":

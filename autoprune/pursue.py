@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from autoprune.bank.stitch import shape_only
+from autoprune.bank.stitch import deployable, shape_only
 from autoprune.contender import Contender, misses, off_by, predicted
 from autoprune.core.budget import Budget, Limit, Metric
 from autoprune.errors import BudgetError
@@ -165,7 +165,12 @@ def _aimed(bench: Workbench, limits: Mapping[Metric, float], progress: Progress)
     subject = bench.subject
 
     def work() -> float:
-        models = [shape_only(subject.model, subject.anatomy, bench.space.options_of(choice)) for choice in choices]
+        stitcher = bench.stitcher
+        models = [
+            shape_only(subject.model, subject.anatomy, bench.space.options_of(choice), norms=stitcher.norms,
+                       arithmetic=stitcher.arithmetic)
+            for choice in choices
+        ]  # fmt: skip
         _, timings = replace(bench.stopwatch, rounds=_AIM_ROUNDS).compare(models)
         shares = [bench.costs.cost("latency", choice) / bench.costs.dense["latency"] for choice in choices]
         return float(np.median([timing.ratio / share for timing, share in zip(timings, shares, strict=True)]))
@@ -237,7 +242,8 @@ def _timed(
 
     def work() -> tuple[list[Contender], list[Contender], Timing]:
         candidates = [bench.stitcher.build(bench.space.options_of(trial.choice)) for _, trial in labelled]
-        dense, timings = bench.stopwatch.compare([candidate.model for candidate in candidates])
+        ready = [deployable(candidate, bench.stitcher.norms) for candidate in candidates]
+        dense, timings = bench.stopwatch.compare(ready)
         contenders = [
             Contender(label, trial.choice, candidate, timing, predicted(bench, trial.choice), trial.value)
             for (label, trial), candidate, timing in zip(labelled, candidates, timings, strict=True)

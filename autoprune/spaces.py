@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from autoprune.core.budget import parse_fraction
 from autoprune.core.pattern import parse_pattern
 from autoprune.core.space import Space, UnitOptions
-from autoprune.core.unit import DROP, LOW_RANK, Bits, Compensate, Option, Unit, keep_all
+from autoprune.core.unit import DROP, LOW_RANK, Bits, Compensate, Form, InputBits, Option, Unit, keep_all
 from autoprune.errors import ConfigError, listed, near_miss
 from autoprune.files import read_yaml
 from autoprune.problems import problems_of
@@ -41,7 +41,8 @@ class MethodChoice(BaseModel):
 
 class WeightChoice(BaseModel):
     """What may be done to a layer's weights: zeros by a sparsifier in each of `patterns`, stored in each of `bits`; or,
-    with the method `low_rank`, two layers with each of `ranks` between them, shares of the full rank.
+    with the method `low_rank`, two layers with each of `ranks` between them, shares of the full rank. With `inputs` of
+    8 the layer computes in integers, where the runtime does.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,6 +51,7 @@ class WeightChoice(BaseModel):
     patterns: tuple[str, ...] = ("",)
     bits: tuple[Bits, ...] = (32,)
     ranks: tuple[Rank, ...] = ()
+    inputs: tuple[InputBits, ...] = (32,)
 
     @field_validator("patterns")
     @classmethod
@@ -64,11 +66,13 @@ class WeightChoice(BaseModel):
         if (self.method == LOW_RANK) != bool(self.ranks):
             raise ValueError("low_rank needs ranks (e.g. [25%, 50%]), and nothing else has them")
         if self.method == LOW_RANK:
-            if self.patterns != ("",) or self.bits != (32,):
-                raise ValueError("low_rank has neither patterns nor bits")
+            if self.patterns != ("",) or self.bits != (32,) or self.inputs != (32,):
+                raise ValueError("low_rank has neither patterns nor bits nor inputs")
             return self
         if (self.method == "dense") != (self.patterns == ("",)):
             raise ValueError("a sparsifier needs patterns, and `dense` has none")
+        if 8 in self.inputs and 8 not in self.bits:
+            raise ValueError("a layer computes in integers when its weights are some: inputs: [8] needs bits: [8]")
         if self.method == "dense" and 32 in self.bits:
             raise ValueError("dense weights of 32 bits are what is there already; give bits: [8]")
         return self
@@ -142,14 +146,19 @@ def _preset(name: str) -> Path:
     return _folder() / f"{name}.yaml"
 
 
-def resolve(units: Sequence[Unit], spec: SpaceSpec, *, aligned: Callable[[Unit], Sequence[int]] | None = None) -> Space:
-    """The options of every unit. `aligned` gives a unit's widths at the runtime's steps, once they are measured."""
+def resolve(
+    units: Sequence[Unit], spec: SpaceSpec, *, aligned: Callable[[Unit], Sequence[int]] | None = None,
+    forms: Collection[Form] = get_args(Form),
+) -> Space:  # fmt: skip
+    """The options of every unit. `aligned` gives a unit's widths at the runtime's steps, once they are measured;
+    `forms` are those in which the runtime can have a layer.
+    """
     entries = []
     for unit in units:
         if unit.kind == "block":
             options: tuple[Option, ...] = (DROP,) if spec.blocks else ()
         elif unit.kind == "weights":
-            options = _weight_options(unit, spec)
+            options = _weight_options(unit, spec, forms)
         else:
             widths = _widths(unit, spec, aligned(unit) if aligned else ()) if spec.channels else []
             options = tuple(
@@ -159,17 +168,19 @@ def resolve(units: Sequence[Unit], spec: SpaceSpec, *, aligned: Callable[[Unit],
     return Space(tuple(entries))
 
 
-def _weight_options(unit: Unit, spec: SpaceSpec) -> tuple[Option, ...]:
+def _weight_options(unit: Unit, spec: SpaceSpec, forms: Collection[Form]) -> tuple[Option, ...]:
     """Most weights first; of equally many, most bits first."""
     found = {
-        Option(choice.method, _kept(unit.width, pattern), pattern=pattern, bits=bits)
+        Option(choice.method, _kept(unit.width, pattern), pattern=pattern, bits=bits, inputs=inputs)
         for choice in spec.weights
         for pattern in choice.patterns
         for bits in choice.bits
-        if choice.method != LOW_RANK
+        for inputs in choice.inputs
+        if choice.method != LOW_RANK and (inputs == 32 or bits == 8)
     }
     found |= {option for choice in spec.weights for option in _low_ranks(unit, choice.ranks)}
-    return tuple(sorted(found, key=lambda option: (-option.keep, -option.bits, option.method, option.pattern)))
+    order = sorted(found, key=lambda o: (-o.keep, -o.bits, -o.inputs, o.method, o.pattern))
+    return tuple(option for option in order if option.form in forms)
 
 
 def _low_ranks(unit: Unit, shares: Sequence[float]) -> set[Option]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -16,20 +17,23 @@ from typing import TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from autoprune.bank import store
 from autoprune.bank.build import Bank, CalibrationData, Harms, local_harms, observe, rank
 from autoprune.bank.calibrate import CalibrationSettings
 from autoprune.bank.depth import observe_runs
+from autoprune.bank.ranges import observe_arithmetic
 from autoprune.bank.stitch import Stitcher, shape_only
 from autoprune.core.cost import LatencyTable
 from autoprune.core.space import Choice, Space
 from autoprune.evaluators.divergence import DivergenceKind
-from autoprune.files import write_text
+from autoprune.files import write_bytes, write_text
 from autoprune.methods import method
 from autoprune.model.fingerprint import of_tensors, of_text
 from autoprune.model.flow import norms_after
+from autoprune.model.integers import Arithmetic
 from autoprune.model.recalibrate import Anchor
 from autoprune.profile.cost_model import CostModel
 from autoprune.profile.forms import with_forms
@@ -90,20 +94,41 @@ def measured_costs(
     """The cost table, and the space whose widths fit the runtime's steps. Latency is measured only when asked for."""
     task = subject.task
     units = subject.anatomy.units
-    table = stages.timed("profile", lambda: _table(subject, folder, progress)) if latency else None
-    first = resolve(units, task.spec)
+    forms = runtime(task.target.runtime).forms(task.target)
+    first = resolve(units, task.spec, forms=forms)
+    if first != resolve(units, task.spec):
+        progress.note(f"{task.target.runtime} on {task.target.device} computes in floats; options with inputs: [8] go")
+    table = stages.timed("profile", lambda: _table(subject, first, folder, progress)) if latency else None
     aligned = None
     if table is not None:
         aligned = CostModel(with_forms(subject.anatomy.architecture, first), first, table).aligned_widths
-    space = resolve(units, task.spec, aligned=aligned)
+    space = resolve(units, task.spec, aligned=aligned, forms=forms)
     return space, CostModel(with_forms(subject.anatomy.architecture, space), space, table), table
 
 
-def _table(subject: Subject, folder: Path, progress: Progress) -> LatencyTable:
+def arithmetic_of(subject: Subject, space: Space, folder: Path, progress: Progress) -> dict[str, Arithmetic]:
+    """How layers compute in integers where `space` lets them, observed or read from the run folder."""
+    layers = [e.unit.layers[0] for e in space.entries if any(option.form == "integer" for option in e.options)]
+    if not layers:
+        return {}
+    inputs = subject.task.data.calibration_inputs[: subject.samples.refit]
+    key = of_text(subject.fingerprint, of_tensors([("x", inputs)]), layers, "ranges 1")
+    path = folder / "bank" / f"ranges-{key[:16]}.json"
+    values = TypeAdapter(dict[str, Arithmetic])
+    if path.exists():
+        with suppress(ValidationError):
+            return values.validate_json(path.read_bytes())
+    batches = batches_of(subject, inputs)
+    norms = norms_after(subject.model, batches[0][:2])
+    found = observe_arithmetic(subject.model, layers, norms=norms, batches=batches, progress=progress)
+    write_bytes(path, values.dump_json(found, indent=1))
+    return found
+
+
+def _table(subject: Subject, space: Space, folder: Path, progress: Progress) -> LatencyTable:
     """The latency table of this model's shapes on this target and machine, measured or read."""
     task = subject.task
     engine = runtime(task.target.runtime)
-    space = resolve(subject.anatomy.units, task.spec)
     architecture = with_forms(subject.anatomy.architecture, space)
     key = of_text(
         architecture, space, task.target.text, tuple(subject.example.shape), engine.version(),
@@ -120,8 +145,12 @@ def _table(subject: Subject, folder: Path, progress: Progress) -> LatencyTable:
                 progress.note(f"reused the latency table ({table.fitted_models} models, {path.name})")
                 return table.model_copy(update={"dense_s": _dense_latency(subject)})
 
+    arithmetic = arithmetic_of(subject, space, folder, progress)
+    norms = norms_after(subject.model, subject.task.data.validation_inputs[:2])
+
     def build(choice: Choice) -> nn.Module:
-        return shape_only(subject.model, subject.anatomy, space.options_of(choice))
+        options = space.options_of(choice)
+        return shape_only(subject.model, subject.anatomy, options, norms=norms, arithmetic=arithmetic)
 
     bench = Bench(build, engine, task.target, subject.example)
     table = measure_table(
@@ -149,7 +178,8 @@ def prepare(
     kind: DivergenceKind = "mse" if task.data.validation_targets.is_floating_point() else "kl"
     bank, key = stages.timed("bank", lambda: _bank(subject, batches, folder, progress))
     anchor = Anchor.of(model, batches_of(subject, task.data.calibration_inputs[: samples.recalibrate]))
-    stitcher = Stitcher(model, subject.anatomy, bank, anchor=anchor)
+    arithmetic = arithmetic_of(subject, space, folder, progress)
+    stitcher = Stitcher(model, subject.anatomy, bank, anchor=anchor, arithmetic=arithmetic)
     selection = Selection.of(model, batches_of(subject, subject.parts.selection.inputs), kind)
     space = _ranked_only(space, bank, stitcher, progress)
     storage = None
@@ -268,7 +298,7 @@ def _priors(
             batches_of(subject, subject.parts.selection.inputs[:count]), selection.dense[:count], selection.kind
         )
         small = Anchor.of(subject.model, batches_of(subject, subject.task.data.calibration_inputs[:count]))
-        probe = Stitcher(subject.model, subject.anatomy, stitcher.bank, anchor=small)
+        probe = Stitcher(subject.model, subject.anatomy, stitcher.bank, anchor=small, arithmetic=stitcher.arithmetic)
         shape = priors["reconstruction"]
         priors["one_at_a_time"] = one_at_a_time(space, probe, few, shape=shape, progress=progress)
     tensors = {f"{name}/{unit}": torch.from_numpy(row) for name in names for unit, row in enumerate(priors[name])}

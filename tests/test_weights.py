@@ -72,9 +72,11 @@ def spec(folder: Path, text: str = SPACE) -> SpaceSpec:
     return load_space("space.yaml", folder)
 
 
-def bench_of(model: nn.Module, folder: Path, *, size: Any = "packed", text: str = SPACE) -> Workbench:
+def bench_of(
+    model: nn.Module, folder: Path, *, size: Any = "packed", text: str = SPACE, target: Target = Target("torch")
+) -> Workbench:  # fmt: skip
     plain = workbench_of(model, IMAGE, folder)
-    task: Task = dataclasses.replace(plain.subject.task, spec=spec(folder, text), size=size)
+    task: Task = dataclasses.replace(plain.subject.task, spec=spec(folder, text), size=size, target=target)
     subject = subject_of(task, Silent())
     stages = Stages()
     space, costs, table = measured_costs(subject, folder, latency=False, stages=stages, progress=Silent())

@@ -18,6 +18,7 @@ from autoprune.model.coupling import Group
 from autoprune.model.cut import CutPlan, Kept, cut, plan_cut
 from autoprune.model.discover import Anatomy
 from autoprune.model.factor import factor_layer
+from autoprune.model.integers import Arithmetic, compute_in_integers, deployed
 from autoprune.model.recalibrate import Anchor
 
 
@@ -34,12 +35,16 @@ class Candidate:
 class Stitcher:
     """Builds candidates of one model from its bank. The model itself is never written."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, bank: Bank, *, anchor: Anchor) -> None:
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy, bank: Bank, *, anchor: Anchor,
+        arithmetic: Mapping[str, Arithmetic] | None = None,
+    ) -> None:  # fmt: skip
         self.model = model
         self.anatomy = anatomy
         self.anchor = anchor
         self.norms = bank.norms
         self.bank = bank
+        self.arithmetic = arithmetic or {}
         self._mender = Mender(model, bank.statistics, norms=bank.norms)
         self.editor = Editor(model, bank.statistics, norms=bank.norms)
         self._weights = {unit.name: unit.layers[0] for unit in anatomy.units if unit.kind == "weights"}
@@ -82,6 +87,8 @@ class Stitcher:
                 layer = model.get_submodule(name)
                 edits[name] = self.editor.edits(name, layer, [option], kept=plan.layers.get(name, Kept()))[0]
                 apply_edit(model, name, edits[name])
+                if option.form == "integer":
+                    compute_in_integers(model, name, self.arithmetic[name])
         return edits
 
     def _solutions(self, options: Mapping[str, Option], plan: CutPlan) -> dict[str, Solution]:
@@ -113,15 +120,31 @@ def _longest(runs: Sequence[Run], dropped: Set[str]) -> Run | None:
     return next((run for run in reversed(runs) if dropped >= set(run.blocks)), None)
 
 
-def shape_only(model: nn.Module, anatomy: Anatomy, options: Mapping[str, Option]) -> nn.Module:
-    """A model of the same shapes as a decision's, weights as they fall: for the clock alone."""
+def deployable(candidate: Candidate, norms: Mapping[str, str]) -> nn.Module:
+    """A candidate as runtimes get it. `norms` (layer -> norm that reads it) are the dense model's."""
+    scales = {layer: edit.codes.scales for layer, edit in candidate.edits.items() if edit.codes is not None}
+    return deployed(candidate.model, norms, scales)
+
+
+def shape_only(
+    model: nn.Module, anatomy: Anatomy, options: Mapping[str, Option], *, norms: Mapping[str, str] | None = None,
+    arithmetic: Mapping[str, Arithmetic] | None = None,
+) -> nn.Module:  # fmt: skip
+    """A model of the same shapes as a decision's, as runtimes get it, weights as they fall: for the clock alone.
+
+    Layers that compute in integers do so by `arithmetic`; `norms` are then needed, too.
+    """
     shaped = cut(model, _first_channels(anatomy.groups, anatomy.blocks, options, anatomy.widths))
     gone = {layer for block in anatomy.blocks if options.get(block.name) == DROP for layer in block.layers}
     for unit in anatomy.units:
         option = options.get(unit.name)
-        if unit.kind == "weights" and option is not None and option.rank and unit.layers[0] not in gone:
+        if unit.kind != "weights" or option is None or unit.layers[0] in gone:
+            continue
+        if option.rank:
             factor_layer(shaped, unit.layers[0], option.rank)
-    return shaped
+        if option.form == "integer":
+            compute_in_integers(shaped, unit.layers[0], (arithmetic or {})[unit.layers[0]])
+    return deployed(shaped, norms or {})
 
 
 def _first_channels(

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from autoprune.core.pattern import parse_pattern
-from autoprune.core.unit import LOW_RANK, Bits, Compensate, Kind, Option, SizeOf
+from autoprune.core.unit import LOW_RANK, Bits, Compensate, InputBits, Kind, Option, SizeOf
 
 FORMAT: Final = 1
 
@@ -30,7 +30,7 @@ class UnitDecision(_Value):
     """What happens to one unit: `keep` of its `of` channels or weights by `method`, or the block dropped (keep 0 of 1).
 
     Zeros in a layer's weights follow `pattern` (`2:4`, `70%`, `4x1 50%`); `bits` says how they are stored. With a
-    `rank` the layer is two, that many channels between them.
+    `rank` the layer is two, that many channels between them; with `inputs: 8` it computes in integers.
     """
 
     kind: Kind
@@ -41,6 +41,7 @@ class UnitDecision(_Value):
     pattern: str = ""
     bits: Bits = 32
     rank: int = Field(default=0, ge=0)
+    inputs: InputBits = 32
 
     @model_validator(mode="after")
     def _consistent(self) -> UnitDecision:
@@ -50,8 +51,10 @@ class UnitDecision(_Value):
             raise ValueError("at least one channel must stay (keep: 1)")
         if self.kind == "block" and self.of != 1:
             raise ValueError("a block is one thing (of: 1)")
-        if self.kind != "weights" and (self.pattern or self.bits != 32 or self.rank):
-            raise ValueError("a pattern, bits and a rank belong to weights (kind: weights)")
+        if self.kind != "weights" and (self.pattern or self.bits != 32 or self.rank or self.inputs != 32):
+            raise ValueError("a pattern, bits, a rank and inputs belong to weights (kind: weights)")
+        if self.inputs == 8 and self.bits != 8:
+            raise ValueError("a layer computes in integers when its weights are some (inputs: 8 needs bits: 8)")
         if (self.method == LOW_RANK) != bool(self.rank) or (self.rank and (self.pattern or self.bits != 32)):
             raise ValueError("method low_rank has a rank, and neither pattern nor bits")
         if self.pattern:
@@ -61,7 +64,7 @@ class UnitDecision(_Value):
     @property
     def option(self) -> Option:
         """The same as an option of a space."""
-        return Option(self.method, self.keep, self.compensate, self.pattern, self.bits, self.rank)
+        return Option(self.method, self.keep, self.compensate, self.pattern, self.bits, self.rank, self.inputs)
 
 
 class ModelIdentity(_Value):

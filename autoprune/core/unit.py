@@ -10,7 +10,10 @@ Compensate = Literal["none", "least_squares"]
 Bits = Literal[3, 4, 5, 6, 8, 32]
 """How a layer's weights are stored: integers of so many bits with one scale an output, or floats."""
 
-Form = Literal["float", "low_rank"]
+InputBits = Literal[8, 32]
+"""What a layer computes with: integers of 8 bits, its weights and what it reads, or floats."""
+
+Form = Literal["float", "low_rank", "integer"]
 """In what form a layer is there, as far as that decides what it costs to run: zeros and stored integers do not."""
 
 SizeOf = Literal["plain", "packed"]
@@ -41,7 +44,8 @@ class Option:
 
     The method `keep` leaves the unit as it is; the method `drop` removes a block (keep 0). Of a `weights` unit the
     `keep` weights stay that `pattern` leaves (`2:4`, `70%`, ...; empty: all, method `dense`), stored in `bits`. The
-    method `low_rank` makes two layers of one, with `rank` channels between them and `keep` weights in both.
+    method `low_rank` makes two layers of one, with `rank` channels between them and `keep` weights in both. With
+    `inputs` of 8 bits, what the layer reads and makes is rounded too, and it computes in integers.
     """
 
     method: str
@@ -50,11 +54,14 @@ class Option:
     pattern: str = ""
     bits: Bits = 32
     rank: int = 0
+    inputs: InputBits = 32
 
     @property
     def form(self) -> Form:
         """In what form the layer of a `weights` unit is there."""
-        return "low_rank" if self.rank else "float"
+        if self.rank:
+            return "low_rank"
+        return "integer" if self.inputs == 8 else "float"
 
     @property
     def label(self) -> str:
@@ -62,7 +69,8 @@ class Option:
         if self.rank:
             return f"{self.method} {self.rank}"
         if self.pattern or self.bits < 32:
-            parts = (self.method, self.pattern, f"int{self.bits}" if self.bits < 32 else "")
+            stored = f"int{self.bits}" if self.bits < 32 else ""
+            parts = (self.method, self.pattern, f"{stored} arithmetic" if self.inputs == 8 else stored)
             return " ".join(part for part in parts if part)
         return f"{self.method}{'+' + self.compensate if self.compensate != 'none' else ''}:{self.keep}"
 

@@ -29,4 +29,6 @@ def fold_norms(model: nn.Module, norms: Mapping[str, str]) -> None:
         new_bias = shift + scale * (bias - norm.running_mean.double())
         layer.bias = nn.Parameter(new_bias.to(weight.dtype), requires_grad=False)
         parent, _, child = norm_name.rpartition(".")
-        model.get_submodule(parent).register_module(child, nn.Identity())
+        nothing = nn.Identity()
+        nothing._forward_hooks = norm._forward_hooks  # what was done to its output goes on being done
+        model.get_submodule(parent).register_module(child, nothing)

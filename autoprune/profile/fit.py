@@ -66,8 +66,8 @@ def design(widths: Widths, dense: Widths, layers: Sequence[Layer | None], block:
     places = [index for index, _ in timed]
     inputs, outputs, present = (values[:, places] for values in (widths.inputs, widths.outputs, widths.present))
     full_in, full_out = dense.inputs[:, places], dense.outputs[:, places]
-    kinds = {layer.signature: layer.kind for _, layer in timed}
-    common = [(str(kind), [layer.kind == kind for _, layer in timed]) for kind in sorted(set(kinds.values()))]
+    kinds = {layer.signature: _kind(layer) for _, layer in timed}
+    common = [(kind, [_kind(layer) == kind for _, layer in timed]) for kind in sorted(set(kinds.values()))]
     shapes = [(name, [layer.signature == name for _, layer in timed]) for name in sorted(kinds)]
     columns, rows, fulls = [], [], []
     loads: dict[Shape, float] = {}
@@ -89,6 +89,11 @@ def design(widths: Widths, dense: Widths, layers: Sequence[Layer | None], block:
     matrix = np.reshape(rows, (len(columns), -1)).T
     own = np.asarray([group in kinds for group, _ in columns], dtype=np.bool_)
     return Design(block, tuple(columns), matrix, np.asarray(fulls), own, loads, kinds)
+
+
+def _kind(layer: Layer) -> str:
+    """What layers have kernels in common."""
+    return f"{layer.kind} integer" if layer.form == "integer" else layer.kind
 
 
 def fit(designs: Sequence[Design], shares: Array, *, seed: int = 0) -> Fit:

@@ -31,6 +31,8 @@ def _formed(layer: Layer, unit: Unit, form: Form) -> list[Layer]:
     """What stands in the place of `layer`."""
     if form == "float":
         return [replace(layer, unit=unit.name, form=form)]
+    if form == "integer":
+        return [replace(layer, signature=f"{layer.signature} integer", unit=unit.name, form=form)]
     columns = unit.width // unit.outputs
     between = Width(0, ((unit.name, 1 / (unit.outputs + columns)),))  # its option keeps rank * (outputs + columns)
     first = replace(

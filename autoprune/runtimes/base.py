@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from autoprune.core.target import Target
+from autoprune.core.unit import Form
 
 Array = NDArray[np.float32]
 
@@ -33,6 +34,10 @@ class Runtime(Protocol):
 
     def version(self) -> str:
         """The runtime's own version, for the policy's evidence."""
+        ...
+
+    def forms(self, target: Target) -> frozenset[Form]:
+        """In which forms it runs a layer on `target` otherwise than as floats, or can be given one."""
         ...
 
     def load(self, model: nn.Module, example: Tensor, target: Target) -> Session:

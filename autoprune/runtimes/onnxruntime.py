@@ -12,17 +12,17 @@ from typing import Any, cast, final
 
 import numpy as np
 import onnx
-import onnxruntime as _onnxruntime
 import torch
 from torch import Tensor, nn
 
 from autoprune.core.target import Target
+from autoprune.core.unit import Form
 from autoprune.errors import TargetError
+from autoprune.runtimes._onnx_loader import onnxruntime, session_options
 from autoprune.runtimes.base import Array
 from autoprune.runtimes.shared import cause, whole
 
 OPSET = 18
-onnxruntime: Any = _onnxruntime  # it declares none of its names as exported
 _INPUT, _OUTPUT = "input", "output"
 
 
@@ -55,12 +55,17 @@ class OnnxRuntime:
         """ONNX Runtime's version."""
         return str(onnxruntime.__version__)
 
+    def forms(self, target: Target) -> frozenset[Form]:
+        """Integers on CPUs, where convolutions between QuantizeLinear and DequantizeLinear are fused."""
+        everywhere: frozenset[Form] = frozenset({"float", "low_rank"})
+        return everywhere | {"integer"} if target.device == "cpu" else everywhere
+
     def load(self, model: nn.Module, example: Tensor, target: Target) -> OnnxSession:
         """A session for inputs of exactly `example`'s shape. Raises TargetError when export or loading fails."""
         providers = _providers(target)
         graph = export(model, example)
         try:
-            session = onnxruntime.InferenceSession(graph, _options(target), providers=providers)
+            session = onnxruntime.InferenceSession(graph, session_options(target.threads), providers=providers)
         except Exception as error:
             raise TargetError(f"onnxruntime: cannot load the exported model ({cause(error)})") from error
         return OnnxSession(session, example.detach().cpu().numpy())
@@ -138,17 +143,6 @@ def _providers(target: Target) -> list[str]:
             f"onnxruntime-gpu, or set device: cpu"
         )
     return ["CUDAExecutionProvider", "CPUExecutionProvider"]
-
-
-def _options(target: Target) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = target.threads
-    options.inter_op_num_threads = 1
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = 3
-    # Sessions are timed in turns: the threads of one must not spin into the time of the next.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return options
 
 
 @contextmanager

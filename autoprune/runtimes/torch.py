@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.core.target import Target
+from autoprune.core.unit import Form
 from autoprune.errors import TargetError
 from autoprune.runtimes.base import Array
 from autoprune.runtimes.shared import cause, whole
@@ -51,6 +52,10 @@ class TorchRuntime:
     def version(self) -> str:
         """PyTorch's version."""
         return str(torch.__version__)
+
+    def forms(self, target: Target) -> frozenset[Form]:  # noqa: ARG002
+        """Eager torch gains nothing from rounded values."""
+        return frozenset({"float", "low_rank"})
 
     def load(self, model: nn.Module, example: Tensor, target: Target) -> TorchSession:
         """A session for inputs of `example`'s shape, run once. Raises TargetError when the model does not run."""
