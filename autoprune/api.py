@@ -29,6 +29,8 @@ from autoprune.files import read_policy, write_bytes, write_policy, write_text
 from autoprune.goal import Floor, Plan, check_goal, resolve_limits
 from autoprune.loading import load_data, load_factory, load_model
 from autoprune.model.describe import macs_of
+from autoprune.model.flow import norms_after
+from autoprune.model.integers import deployed
 from autoprune.packing.archive import inventory, unpack
 from autoprune.progress import Progress, Silent
 from autoprune.pursue import Found, fastest, pursue
@@ -39,7 +41,7 @@ from autoprune.searching.samplers import check_sampler
 from autoprune.ship import write_model
 from autoprune.spaces import WeightChoice, load_space
 from autoprune.sparsity import sparsifier
-from autoprune.storage import file_bytes
+from autoprune.storage import FLOATS, FileFormat
 from autoprune.subject import Task, in_memory, subject_of
 from autoprune.verify import Stopwatch, latency_record, params, score
 from autoprune.workbench import Stages, Workbench, measured_costs, prepare
@@ -74,7 +76,7 @@ def search(  # noqa: PLR0913 (one flat, keyword-only door, like the configuratio
     min_accuracy: str | float | None = None,
     metric: str | Evaluator = "top1",
     target: Target | None = None,
-    size: SizeOf = "plain",
+    size: SizeOf = "onnx",
     space: str = "cnn-channels",
     protect: Sequence[str] = (),
     plan: Plan | None = None,
@@ -87,7 +89,7 @@ def search(  # noqa: PLR0913 (one flat, keyword-only door, like the configuratio
     `example` is one batch as the target runs it, (batch, ...); default: one validation sample. `calibration` and
     `validation` are tensors or arrays (inputs, targets), a Dataset or a DataLoader; validation must be data that the
     model was not trained on. Of a family (`"3ms,5ms"`) the last outcome is returned and all are in the run folder.
-    `size` says what a budget on size counts, the tensors as they are or the packed file.
+    `size` says what a budget on size counts: the ONNX file, the packed file or the tensors as they are.
     `run` is a folder that later searches reuse; default: a fresh temporary one. Raises BudgetError, MissedError, ....
     """
     data = as_data(calibration, validation)
@@ -174,16 +176,18 @@ def verify_policy(policy_path: Path, config: Config, *, folder: Path, progress: 
     applied = apply(policy_path, subject)
     progress.phase("verify")
     watch = Stopwatch.of(subject.model, runtime(task.target.runtime), task.target, example=subject.example)
-    first, (timing,) = watch.compare([applied.model])
+    norms = norms_after(subject.model, task.data.validation_inputs[:2])
+    files = FileFormat(applied.policy.size, subject.example, norms)
+    first, (timing,) = watch.compare([deployed(applied.model, norms, applied.scales)])
     part = subject.parts.held_out
     counted = [
         Measured(
             latency_ms=latency_record(times), ratio=times.ratio,
             score=score(model, task.evaluator, part, batch=subject.batch),
             macs=macs_of(model, task.data.validation_inputs[:1]), params=params(model),
-            size_bytes=file_bytes(model, quantised, applied.policy.size),
+            size_bytes=files.size(model, weights),
         )
-        for model, times, quantised in ((subject.model, first, {}), (applied.model, timing, applied.quantised))
+        for model, times, weights in ((subject.model, first, FLOATS), (applied.model, timing, applied.weights))
     ]  # fmt: skip
     dense, pruned = counted
     texts = list(config.budget or ()) or list(applied.policy.budget.values())
@@ -231,7 +235,7 @@ def _bench(task: Task, budgets: Sequence[Budget], folder: Path, progress: Progre
     latency = "latency" in metrics or not metrics
     space, costs, table = measured_costs(subject, folder, latency=latency, stages=stages, progress=progress)
     for budget in budgets:
-        if not (task.stores_otherwise and any(limit.metric == "size" for limit in budget.limits)):
+        if all(limit.metric != "size" for limit in budget.limits):
             resolve_limits(costs, budget)  # bytes are known once weights have been stored
     return prepare(subject, space, costs, table, folder=folder, stages=stages, progress=progress)
 

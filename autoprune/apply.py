@@ -23,6 +23,7 @@ from autoprune.model.factor import factor_layer
 from autoprune.model.flow import norms_after
 from autoprune.model.integers import Arithmetic, compute_in_integers
 from autoprune.packing.coding import Codes
+from autoprune.storage import Weights
 from autoprune.subject import Subject
 
 
@@ -33,12 +34,17 @@ class Applied:
     policy: Policy
     model: nn.Module
     plan: CutPlan
-    quantised: Mapping[str, Codes]
-    """The weights that are stored as integers, by their names in the model's state."""
+    weights: Weights
+    """Those that are not stored as floats."""
     ranks: Mapping[str, int]
     """Layers that are two now, with the channels between them."""
     arithmetic: Mapping[str, Arithmetic]
     """Layers that compute in integers."""
+
+    @property
+    def scales(self) -> dict[str, Tensor]:
+        """By layer, the scales of its integer weights."""
+        return {name.removesuffix(".weight"): codes.scales for name, codes in self.weights.quantised.items()}
 
 
 def apply(path: Path, subject: Subject) -> Applied:
@@ -71,7 +77,9 @@ def apply(path: Path, subject: Subject) -> Applied:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise PolicyError(f"{path}: its side file {policy.weights} does not fit the cut model: {error}") from None
-    return Applied(policy, model, plan, _quantised(path, policy, state, tensors), ranks, arithmetic)
+    halves = tuple(name for name, decision in policy.units.items() if decision.bits == 16 and name in state)
+    weights = Weights(_quantised(path, policy, state, tensors), halves)
+    return Applied(policy, model, plan, weights, ranks, arithmetic)
 
 
 def _arithmetic(
@@ -95,7 +103,7 @@ def _quantised(
     """The integers of every int8 weight. Raises PolicyError where weights are no multiples of their scales."""
     found: dict[str, Codes] = {}
     for name, decision in policy.units.items():
-        if decision.bits == 32 or name not in state:  # the layer went with its block
+        if decision.bits > 8 or name not in state:  # the layer went with its block
             continue
         scales = tensors.get(SCALES + name)
         if scales is None or scales.shape != state[name].shape[:1]:

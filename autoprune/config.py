@@ -171,7 +171,7 @@ class Config(_Section):
         default=None, description="What a candidate may cost: `5ms`; `3ms,5ms` is a family; a list holds together."
     )
     size: SizeOf = Field(
-        default="plain", description="What a budget on size counts: tensors as they are, or the packed file."
+        default="onnx", description="What a budget on size counts: the ONNX file, the packed file, or plain tensors."
     )
     max_drop: Share | None = Field(
         default=None, description="How far the metric may fall below the dense model's, e.g. 1%."

@@ -14,7 +14,6 @@ from autoprune.core.policy import Measured, ScoreRecord
 from autoprune.core.space import Choice
 from autoprune.model.describe import macs_of
 from autoprune.profile.clock import Timing
-from autoprune.storage import file_bytes, quantised_of
 from autoprune.verify import latency_record, overruns, params
 from autoprune.workbench import Workbench
 
@@ -29,6 +28,7 @@ class Contender:
     timing: Timing
     predicted: Mapping[str, float]
     divergence: float
+    size_bytes: int
     recovery: str | None = None
 
 
@@ -66,7 +66,7 @@ def measured(bench: Workbench, contender: Contender, held_out: ScoreRecord | Non
         divergence=contender.divergence,
         macs=counted_macs(model, bench),
         params=params(model),
-        size_bytes=file_bytes(model, quantised_of(contender.candidate), bench.subject.task.size),
+        size_bytes=contender.size_bytes,
         recovery=contender.recovery,
     )
 

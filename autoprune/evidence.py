@@ -22,7 +22,7 @@ from autoprune.core.unit import Option, Unit
 from autoprune.goal import Floor
 from autoprune.profile.cost_model import CostModel
 from autoprune.pursue import Found
-from autoprune.storage import file_bytes, quantised_of
+from autoprune.storage import FLOATS, Weights
 from autoprune.subject import Subject
 from autoprune.verify import latency_record, overruns, params, score
 from autoprune.workbench import Workbench
@@ -52,7 +52,7 @@ def write_down(bench: Workbench, found: Found, floor: Floor, *, title: str) -> W
     dense = Measured(
         latency_ms=latency_record(found.dense_timing, reference_s=bench.table.dense_s if bench.table else None),
         ratio=1.0, score=dense_score, divergence=0.0, macs=counted_macs(bench.subject.model, bench),
-        params=params(bench.subject.model), size_bytes=file_bytes(bench.subject.model, {}, task.size),
+        params=params(bench.subject.model), size_bytes=bench.files.size(bench.subject.model, FLOATS),
     )  # fmt: skip
     chosen = measured(
         bench, found.chosen, score(found.chosen.candidate.model, task.evaluator, part, batch=bench.subject.batch)
@@ -123,7 +123,7 @@ def side_file(bench: Workbench, chosen: Contender) -> bytes:
     """
     tensors = {KEPT + unit: indices for unit, indices in chosen.candidate.plan.units.items()}
     tensors |= {TENSOR + name: tensor for name, tensor in chosen.candidate.model.state_dict().items()}
-    tensors |= {SCALES + name: codes.scales for name, codes in quantised_of(chosen.candidate).items()}
+    tensors |= {SCALES + name: codes.scales for name, codes in Weights.of(chosen.candidate).quantised.items()}
     for layer, option in bench.stitcher.edited_layers(bench.space.options_of(chosen.choice)).items():
         if option.form == "integer" and layer in chosen.candidate.edits:
             tensors[GRIDS + layer] = torch.tensor(bench.stitcher.arithmetic[layer].numbers, dtype=torch.float64)
@@ -196,7 +196,7 @@ def _policy(bench: Workbench, found: Found, floor: Floor, evidence: Evidence, si
             batch=task.target.batch, where=where(),
         ),
         budget={limit.metric: limit.text for limit in found.budget.limits},
-        size=task.size,
+        size=bench.files.kind,
         floor={name: value for name, value in floors.items() if value is not None},
         evidence=evidence,
         weights="policy.safetensors",

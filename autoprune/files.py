@@ -149,7 +149,7 @@ def _plain(policy: Policy) -> dict[str, Any]:
         for key, usual in (("compensate", "none"), ("pattern", ""), ("bits", 32), ("rank", 0), ("inputs", 32)):
             if unit[key] == usual:
                 del unit[key]
-    if content["size"] == "plain":
+    if content["size"] == "onnx":
         del content["size"]
     for section in ("budget", "floor"):
         if not content[section]:

@@ -34,7 +34,12 @@ FLAGS = (
     Flag("metric", ("--metric",), str, "top1, top5, mse, or file.py:function."),
     Flag("higher_is_better", ("--higher-is-better/--lower-is-better",), bool, "Sense of a metric that is a function."),
     Flag("budget", ("--budget", "-b"), list[str], "5ms, 50%, 2x, 300MMACs, 2MB; 3ms,5ms: a family; repeat to combine."),
-    Flag("size", ("--size",), str, "What a budget on size counts: plain (tensors) or packed (the packed file)."),
+    Flag(
+        "size",
+        ("--size",),
+        str,
+        "What a budget on size counts: the onnx file, the packed one, or plain tensors.",
+    ),
     Flag("max_drop", ("--max-drop",), str, "How far the metric may fall, e.g. 1%."),
     Flag("min_accuracy", ("--min-accuracy",), str, "The least metric allowed, e.g. 0.92."),
     Flag("space.preset", ("--space",), str, "Search space: a shipped name or a YAML file."),

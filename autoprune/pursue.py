@@ -29,7 +29,7 @@ from autoprune.searching.problem import Problem
 from autoprune.searching.sampler import prior_starts
 from autoprune.searching.samplers import sampler_by_name
 from autoprune.searching.study import StudyRecord, open_study
-from autoprune.storage import file_bytes, quantised_of
+from autoprune.storage import Weights
 from autoprune.verify import score
 from autoprune.workbench import Workbench
 
@@ -184,12 +184,12 @@ def _aimed(bench: Workbench, limits: Mapping[Metric, float], progress: Progress)
 def _sized(bench: Workbench, limits: Mapping[Metric, float]) -> dict[Metric, float]:
     """Limits for predictions, size a little lower where files near the budget come out larger than predicted."""
     allowed = dict(limits)
-    if "size" not in allowed or not bench.subject.task.stores_otherwise:
+    if "size" not in allowed:
         return allowed
     off = [1.0]
     for choice in dict.fromkeys(prior_starts(Problem(bench.space, bench.costs, limits, bench.priors)).values()):
         candidate = bench.stitcher.build(bench.space.options_of(choice), recalibrate=False)
-        actual = file_bytes(candidate.model, quantised_of(candidate), bench.subject.task.size)
+        actual = bench.files.size(candidate.model, Weights.of(candidate))
         off.append(actual / bench.costs.cost("size", choice))
     allowed["size"] /= max(off)
     return allowed
@@ -245,9 +245,12 @@ def _timed(
         ready = [deployable(candidate, bench.stitcher.norms) for candidate in candidates]
         dense, timings = bench.stopwatch.compare(ready)
         contenders = [
-            Contender(label, trial.choice, candidate, timing, predicted(bench, trial.choice), trial.value)
+            Contender(
+                label, trial.choice, candidate, timing, predicted(bench, trial.choice), trial.value,
+                bench.files.size(candidate.model, Weights.of(candidate)),
+            )
             for (label, trial), candidate, timing in zip(labelled, candidates, timings, strict=True)
-        ]
+        ]  # fmt: skip
         progress.step(len(labelled))
         return contenders[: len(chosen)], contenders[len(chosen) :], dense
 
@@ -284,4 +287,7 @@ def _mended(bench: Workbench, contender: Contender, reference: Reference) -> Con
     divergence = float(bench.selection.divergences(candidate.model).mean())
     if not divergence < contender.divergence:
         return contender
-    return replace(contender, candidate=candidate, divergence=divergence, recovery=f"refit of {refitted.layers} layers")
+    return replace(
+        contender, candidate=candidate, divergence=divergence, recovery=f"refit of {refitted.layers} layers",
+        size_bytes=bench.files.size(candidate.model, Weights.of(candidate)),
+    )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import save
@@ -11,9 +11,11 @@ from torch import Tensor
 from autoprune.apply import Applied
 from autoprune.errors import TargetError
 from autoprune.files import write_bytes, write_text
+from autoprune.model.flow import norms_after
 from autoprune.progress import Progress
-from autoprune.runtimes import runtime
-from autoprune.storage import packed_model
+from autoprune.runtimes.onnxruntime import checked
+from autoprune.runtimes.torch import TorchRuntime
+from autoprune.storage import onnx_file, packed_model
 
 _SCRIPT = '''"""Rebuilds the pruned model from {factory!r} and {weights!r}. Needs torch and safetensors, not autoprune.
 
@@ -33,6 +35,7 @@ HERE = Path(__file__).resolve().parent
 FACTORY = {factory!r}
 DROPPED = {dropped!r}  # block -> what stays of it
 SPLIT = {split!r}  # layer that is two now -> channels between them
+ROUNDED = {rounded!r}  # layer that computes in 8-bit integers -> what hands its output on, scale and zero of both
 
 
 class Dropped(nn.Module):
@@ -98,6 +101,11 @@ def fit(layer, name, state):
             setattr(layer, key, torch.empty_like(stored))
 
 
+def nearest(values, scale, zero):
+    """The values of an 8-bit grid."""
+    return torch.fake_quantize_per_tensor_affine(values, scale, int(zero), 0, 255)
+
+
 def model():
     """The pruned model in evaluation mode."""
     state = load_file(HERE / {weights!r})
@@ -111,6 +119,14 @@ def model():
     for name, layer in network.named_modules():
         fit(layer, name, state)
     network.load_state_dict(state)
+    for name, (tail, *grids) in ROUNDED.items():
+        reads, makes = grids[:2], grids[2:]
+        network.get_submodule(name).register_forward_pre_hook(
+            lambda _layer, inputs, reads=reads: (nearest(inputs[0], *reads), *inputs[1:])
+        )
+        network.get_submodule(tail).register_forward_hook(
+            lambda _layer, _inputs, output, makes=makes: nearest(output, *makes)
+        )
     return network.eval()
 
 
@@ -133,21 +149,26 @@ def write_model(
     write_bytes(weights, save(state))
     written["state dict"] = weights
     packed = folder / "model.packed"
-    write_bytes(packed, packed_model(state, applied.quantised).content)
+    write_bytes(packed, packed_model(state, applied.weights.quantised).content)
     written["packed"] = packed
     script = folder / "rebuild.py"
     dropped = {block.name: block.rest for block in plan.dropped}
-    write_text(
-        script, _SCRIPT.format(factory=factory, weights=weights.name, dropped=dropped, split=dict(applied.ranks))
-    )
+    rounded = {layer: (each.tail, *each.numbers) for layer, each in applied.arithmetic.items()}
+    write_text(script, _SCRIPT.format(
+        factory=factory, weights=weights.name, dropped=dropped, split=dict(applied.ranks), rounded=rounded,
+    ))  # fmt: skip
     written["rebuild script"] = script
     own = source / factory.partition(":")[0]
     if own.suffix == ".py" and own.is_file():
         write_bytes(folder / own.name, own.read_bytes())
-    for kind, name, file in _FORMS:
-        path = folder / file
+    onnx, exported = folder / "model.onnx", folder / "model.pt2"
+    forms: dict[str, tuple[Path, Callable[[], None]]] = {
+        "onnx": (onnx, lambda: write_bytes(onnx, _onnx(applied, example))),
+        "torch.export": (exported, lambda: TorchRuntime().save(model, example, exported)),
+    }
+    for kind, (path, write) in forms.items():
         try:
-            runtime(name).save(model, example, path)
+            write()
         except TargetError as error:
             progress.note(f"{kind} was not written: {error}")
         else:
@@ -155,7 +176,6 @@ def write_model(
     return written
 
 
-_FORMS: Sequence[tuple[str, str, str]] = (
-    ("onnx", "onnxruntime", "model.onnx"),
-    ("torch.export", "torch", "model.pt2"),
-)
+def _onnx(applied: Applied, example: Tensor) -> bytes:
+    norms = norms_after(applied.model, example)
+    return checked(onnx_file(applied.model, applied.weights, example=example, norms=norms))

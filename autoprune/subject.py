@@ -38,14 +38,9 @@ class Task:
     example_shape: tuple[int, ...] | None = None
     """Shape of one sample on the target, without the batch; None: the data's."""
     seed: int = 0
-    size: SizeOf = "plain"
+    size: SizeOf = "onnx"
     bank_memory: int = BANK_MEMORY
     """Bytes of second moments held in memory; the rest is on disk."""
-
-    @property
-    def stores_otherwise(self) -> bool:
-        """Whether bytes on disk are more than a count of parameters."""
-        return self.size == "packed" or bool(self.spec.weights)
 
 
 @dataclass(frozen=True, slots=True)

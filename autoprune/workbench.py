@@ -28,6 +28,7 @@ from autoprune.bank.ranges import observe_arithmetic
 from autoprune.bank.stitch import Stitcher, shape_only
 from autoprune.core.cost import LatencyTable
 from autoprune.core.space import Choice, Space
+from autoprune.errors import TargetError
 from autoprune.evaluators.divergence import DivergenceKind
 from autoprune.files import write_bytes, write_text
 from autoprune.methods import method
@@ -45,7 +46,7 @@ from autoprune.searching.measured_prior import one_at_a_time
 from autoprune.searching.scorer import Scorer, Selection
 from autoprune.spaces import resolve
 from autoprune.sparsity import sparsifier
-from autoprune.storage import storage_of
+from autoprune.storage import FLOATS, FileFormat, storage_of
 from autoprune.subject import Subject, batches_of
 from autoprune.verify import Stopwatch
 
@@ -86,6 +87,8 @@ class Workbench:
     """Refits the chosen one, on all calibration data."""
     stopwatch: Stopwatch
     stages: Stages
+    files: FileFormat
+    """The file that a budget on size is about."""
 
 
 def measured_costs(
@@ -182,10 +185,10 @@ def prepare(
     stitcher = Stitcher(model, subject.anatomy, bank, anchor=anchor, arithmetic=arithmetic)
     selection = Selection.of(model, batches_of(subject, subject.parts.selection.inputs), kind)
     space = _ranked_only(space, bank, stitcher, progress)
-    storage = None
-    if task.stores_otherwise:
-        storage = stages.timed("storage", lambda: storage_of(model, space, stitcher.editor, task.size))
-    costs = CostModel(with_forms(subject.anatomy.architecture, space), space, table, storage=storage)
+    architecture = with_forms(subject.anatomy.architecture, space)
+    files = _file_format(subject, bank.norms, progress)
+    storage = stages.timed("storage", lambda: storage_of(stitcher, space, architecture, files))
+    costs = CostModel(architecture, space, table, storage=storage)
     priors = stages.timed(
         "priors", lambda: _priors(subject, space, stitcher, selection, folder=folder, key=key, progress=progress)
     )
@@ -197,8 +200,20 @@ def prepare(
         subject, space, costs, table, bank, priors, stitcher, selection, Scorer(stitcher, space, selection),
         Reference.of(model, few, blocks=blocks, settings=fine),
         Reference.of(model, batches, blocks=blocks, settings=fine),
-        Stopwatch.of(model, engine, task.target, example=subject.example), stages,
+        Stopwatch.of(model, engine, task.target, example=subject.example), stages, files,
     )  # fmt: skip
+
+
+def _file_format(subject: Subject, norms: Mapping[str, str], progress: Progress) -> FileFormat:
+    """As what models are written; where ONNX cannot take this one, as plain tensors, which is told."""
+    files = FileFormat(subject.task.size, subject.example, norms)
+    if files.kind == "onnx":
+        try:
+            files.size(subject.model, FLOATS)
+        except TargetError as error:
+            progress.note(f"size is that of plain tensors: {error}")
+            return replace(files, kind="plain")
+    return files
 
 
 def _bank(subject: Subject, batches: tuple[Tensor, ...], folder: Path, progress: Progress) -> tuple[Bank, str]:

@@ -29,8 +29,10 @@ from autoprune.files import read_policy, write_policy
 from autoprune.goal import Plan
 from autoprune.loading import load_factory
 from autoprune.model.describe import macs_of
+from autoprune.model.flow import norms_after
 from autoprune.progress import Silent
-from autoprune.verify import Stopwatch, params, size_bytes
+from autoprune.storage import FLOATS, onnx_file
+from autoprune.verify import Stopwatch, params
 
 torch.set_num_threads(1)
 
@@ -79,7 +81,9 @@ def searched(
 
 
 def numbers_of(model: nn.Module) -> dict[Metric, int]:
-    return {"macs": macs_of(model, torch.zeros(1, *IMAGE)), "params": params(model), "size": size_bytes(model)}
+    example = torch.zeros(1, *IMAGE)
+    written = onnx_file(model, FLOATS, example=example, norms=norms_after(model, torch.randn(2, *IMAGE)))
+    return {"macs": macs_of(model, example), "params": params(model), "size": len(written)}
 
 
 def assert_within(outcome: api.Outcome, dense: nn.Module, budget: str) -> None:

@@ -167,7 +167,7 @@ def test_search_yaml_apply_and_back(tmp_path: Path) -> None:
     space.write_text("channels: false\nblocks: false\nweights:\n  - {method: dense, bits: [8], inputs: [8]}\n")
     calibration, validation = data_of(model, IMAGE)
     outcome = api.search(
-        model, calibration=calibration, validation=validation, budget="60%size", space=str(space),
+        model, calibration=calibration, validation=validation, budget="90%size", space=str(space),
         plan=Plan(trials=6, finalists=1), run=tmp_path / "run", target=Target(batch=16),
     )  # fmt: skip
     policy = read_policy(outcome.folder / "policy.yaml")

@@ -29,7 +29,7 @@ from autoprune.runtimes.torch import TorchRuntime
 from autoprune.searching.baselines import uniform_ranks
 from autoprune.searching.problem import Problem
 from autoprune.spaces import load_space
-from autoprune.storage import file_bytes, quantised_of
+from autoprune.storage import Weights
 from autoprune.subject import Task, subject_of
 from autoprune.verify import params
 from autoprune.workbench import Workbench
@@ -119,7 +119,7 @@ def test_candidates_hold_two_layers_and_cost_what_was_predicted(bench: Workbench
     choice = bench.space.choice_of(MIXED)
     assert bench.costs.cost("macs", choice) == macs_of(candidate.model, torch.randn(1, *IMAGE))
     assert bench.costs.cost("params", choice) == params(candidate.model)
-    stored = file_bytes(candidate.model, quantised_of(candidate), "plain")
+    stored = bench.files.size(candidate.model, Weights.of(candidate))
     assert bench.costs.cost("size", choice) == pytest.approx(stored, rel=2e-3)
 
 

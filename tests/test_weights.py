@@ -34,13 +34,14 @@ from autoprune.recover.refit import Reference, refit
 from autoprune.searching.baselines import global_sparsity, uniform_sparsity
 from autoprune.searching.problem import Problem
 from autoprune.spaces import SpaceSpec, load_space, resolve
-from autoprune.storage import file_bytes, quantised_of, storage_of
+from autoprune.storage import FLOATS, Weights
 from autoprune.subject import Task, subject_of
 from autoprune.verify import Stopwatch, size_bytes
 from autoprune.workbench import Stages, Workbench, measured_costs, prepare
 
 torch.set_num_threads(1)
 
+TORCH = Target("torch")
 SPACE = """
 methods:
   - {method: l2, compensate: least_squares}
@@ -73,7 +74,7 @@ def spec(folder: Path, text: str = SPACE) -> SpaceSpec:
 
 
 def bench_of(
-    model: nn.Module, folder: Path, *, size: Any = "packed", text: str = SPACE, target: Target = Target("torch")
+    model: nn.Module, folder: Path, *, size: Any = "packed", text: str = SPACE, target: Target = TORCH
 ) -> Workbench:  # fmt: skip
     plain = workbench_of(model, IMAGE, folder)
     task: Task = dataclasses.replace(plain.subject.task, spec=spec(folder, text), size=size, target=target)
@@ -138,17 +139,17 @@ def test_plain_bytes_are_predicted(tmp_path: Path) -> None:
     bench = bench_of(randomised(Residual()), tmp_path, size="plain")
     for options in ({}, MIXED):
         candidate = bench.stitcher.build(options)
-        expected = file_bytes(candidate.model, quantised_of(candidate), "plain")
+        expected = bench.files.size(candidate.model, Weights.of(candidate))
         assert bench.costs.cost("size", bench.space.choice_of(options)) == pytest.approx(expected, rel=2e-3)
     assert size_bytes(candidate.model) - expected == 3 * (288 + 1296) - 4 * (8 + 12)
 
 
 def test_packed_bytes_are_predicted(bench: Workbench) -> None:
-    assert bench.costs.dense["size"] == file_bytes(bench.subject.model, {}, "packed")
+    assert bench.costs.dense["size"] == bench.files.size(bench.subject.model, FLOATS)
     inside = {name: option for name, option in MIXED.items() if name.endswith(".weight")}
     candidate = bench.stitcher.build(inside)
     predicted = bench.costs.cost("size", bench.space.choice_of(inside))
-    assert file_bytes(candidate.model, quantised_of(candidate), "packed") == pytest.approx(predicted, rel=0.01)
+    assert bench.files.size(candidate.model, Weights.of(candidate)) == pytest.approx(predicted, rel=0.01)
 
 
 def test_a_candidate_mixes_four_kinds(bench: Workbench) -> None:
@@ -159,11 +160,11 @@ def test_a_candidate_mixes_four_kinds(bench: Workbench) -> None:
     groups = state["layer2.0.conv1.weight"].permute(0, 2, 3, 1).reshape(-1, 4)
     assert (groups.count_nonzero(1) == 2).all()
     candidate = bench.stitcher.build(MIXED)
-    for name, codes in quantised_of(candidate).items():
+    for name, codes in Weights.of(candidate).quantised.items():
         assert torch.equal(codes.dequantised(), candidate.model.state_dict()[name])
     sparse = candidate.model.state_dict()["layer1.0.conv2.weight"]  # reads the 4 channels that stay
     assert (sparse == 0).float().mean() == pytest.approx(0.5, abs=0.05)
-    assert set(quantised_of(candidate)) == {"layer1.0.conv2.weight", "layer2.1.conv2.weight"}
+    assert set(Weights.of(candidate).quantised) == {"layer1.0.conv2.weight", "layer2.1.conv2.weight"}
 
 
 def test_an_edit_keeps_the_mean_of_every_output() -> None:
@@ -189,7 +190,7 @@ def test_refit_keeps_patterns_and_integers_and_comes_nearer(bench: Workbench) ->
     assert (state["layer2.0.conv1.weight"].permute(0, 2, 3, 1).reshape(-1, 4).count_nonzero(1) == 2).all()
     again = dataclasses.replace(candidate, edits=done.edits)
     assert set(done.edits) == {name.removesuffix(".weight") for name in MIXED if name.endswith(".weight")}
-    for name, codes in quantised_of(again).items():
+    for name, codes in Weights.of(again).quantised.items():
         assert torch.equal(codes.dequantised(), state[name])
 
 
@@ -267,10 +268,12 @@ def test_patterns_of_the_shipped_space_are_read() -> None:
 
 
 def test_storage_rates_fall_with_bits_and_sparsity(bench: Workbench) -> None:
-    storage = storage_of(bench.subject.model, bench.space, bench.stitcher.editor, "packed")
+    storage = bench.costs.storage
+    assert storage is not None
     for entry in bench.space.entries:
         if entry.unit.kind == "weights" and entry.unit.width > 1000:
-            rates = dict(zip((option.label for option in entry.options), storage.rates[entry.unit.name], strict=True))
+            found = [rate.per_weight for rate in storage.rates[entry.unit.name]]
+            rates = dict(zip((option.label for option in entry.options), found, strict=True))
             assert rates["dense int4"] < rates["dense int8"] < rates[f"keep:{entry.unit.width}"]
             assert rates["magnitude 90% int8"] < rates["magnitude 60% int8"] < rates["magnitude 30% int8"]
             assert np.isfinite(list(rates.values())).all()

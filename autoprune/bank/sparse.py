@@ -46,6 +46,8 @@ class Edit:
     codes: Codes | None = None
     factors: tuple[Tensor, Tensor] | None = None
     """The weights of the two layers that this one becomes; `weight` is their product."""
+    half: bool = False
+    """Whether the weights are stored as halves."""
 
     @property
     def stored(self) -> tuple[Tensor, ...]:
@@ -99,8 +101,8 @@ def _reweighted(weight: Tensor, reading: Reading, options: Sequence[Option], *, 
     for start in range(0, len(options), each):
         some = options[start : start + each]
         edits += [
-            _edit(weight, reading.mean, new, codes, order)
-            for new, codes in zip(*_reworked(view, some, seed=seed), strict=True)
+            _edit(weight, reading.mean, new, codes, order, half=option.bits == 16)
+            for option, new, codes in zip(some, *_reworked(view, some, seed=seed), strict=True)
         ]
     return edits
 
@@ -117,7 +119,7 @@ def _reworked(view: LayerView, options: Sequence[Option], *, seed: int) -> tuple
         found = sparsifier(method).sparsify(view, [parse_pattern(pattern) for pattern in patterns], generator)
         sparse |= {(method, pattern): new for pattern, new in zip(patterns, found, strict=True)}
     weights = [sparse[option.method, option.pattern] if option.pattern else view.weight for option in options]
-    integers = [index for index, option in enumerate(options) if option.bits < 32]
+    integers = [index for index, option in enumerate(options) if option.bits <= 8]
     codes: list[Codes | None] = [None] * len(options)
     if integers:
         stored = quantise(view, [weights[index] for index in integers], [options[index].bits for index in integers])
@@ -126,13 +128,14 @@ def _reworked(view: LayerView, options: Sequence[Option], *, seed: int) -> tuple
     return weights, codes
 
 
-def _edit(weight: Tensor, mean: Tensor, new: Tensor, codes: Codes | None, order: Tensor) -> Edit:
+def _edit(weight: Tensor, mean: Tensor, new: Tensor, codes: Codes | None, order: Tensor, *, half: bool) -> Edit:
     """An edit in the layer's own order of columns, shape and type."""
     if codes is not None:
         codes = Codes(_restored(codes.codes, order), codes.scales, tuple(weight.shape))
     final = _restored(new, order).reshape(weight.shape) if codes is None else codes.dequantised()
+    final = final.half() if half else final
     shift = (weight.double().flatten(1) - final.double().flatten(1)) @ mean
-    return Edit(final.to(weight.dtype), shift, codes)
+    return Edit(final.to(weight.dtype), shift, codes, half=half)
 
 
 def _by_position(weight: Tensor) -> Tensor:

@@ -9,13 +9,32 @@ from pydantic import BaseModel, ConfigDict
 
 
 @dataclass(frozen=True, slots=True)
-class Storage:
-    """How many bytes things take on disk."""
+class LayerBytes:
+    """What a layer takes in a file besides its weights: while it is there, and for each output."""
 
-    rates: Mapping[str, Sequence[float]]
-    """For each `weights` unit, bytes a weight (of those there are in its form) under each of its options."""
-    dense_bytes: float | None = None
-    """The dense model's file, where it is not the plain sum of its tensors."""
+    present: float
+    per_output: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """What an option makes of that: bytes a weight (of those there are in its form), and what else comes with it."""
+
+    per_weight: float
+    per_output: float = 0.0
+    present: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """How many bytes things take in the file that a model is shipped as."""
+
+    dense_bytes: float
+    """The dense model's file; what is not of its layers is there whatever is chosen."""
+    layers: Sequence[LayerBytes]
+    """For each layer of the architecture."""
+    rates: Mapping[str, Sequence[Rate]]
+    """For each `weights` unit, one for each of its options. Other layers take 4 bytes a weight."""
 
 
 class SignatureCost(BaseModel):

@@ -138,7 +138,7 @@ class Policy(_Value):
     model: ModelIdentity | None = None
     target: TargetRecord | None = None
     budget: dict[str, str] = Field(default_factory=dict)
-    size: SizeOf = "plain"
+    size: SizeOf = "onnx"
     """What a budget on size counts: the state as it is, or the packed file."""
     floor: dict[str, float] = Field(default_factory=dict)
     evidence: Evidence | None = None

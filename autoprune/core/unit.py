@@ -7,8 +7,8 @@ from typing import Literal
 
 Kind = Literal["channels", "block", "weights"]
 Compensate = Literal["none", "least_squares"]
-Bits = Literal[3, 4, 5, 6, 8, 32]
-"""How a layer's weights are stored: integers of so many bits with one scale an output, or floats."""
+Bits = Literal[3, 4, 5, 6, 8, 16, 32]
+"""How a layer's weights are stored: integers of so many bits with one scale an output, halves (16) or floats."""
 
 InputBits = Literal[8, 32]
 """What a layer computes with: integers of 8 bits, its weights and what it reads, or floats."""
@@ -16,8 +16,8 @@ InputBits = Literal[8, 32]
 Form = Literal["float", "low_rank", "integer"]
 """In what form a layer is there, as far as that decides what it costs to run: zeros and stored integers do not."""
 
-SizeOf = Literal["plain", "packed"]
-"""What is counted as a model's size: the bytes of its tensors, or the packed file."""
+SizeOf = Literal["onnx", "packed", "plain"]
+"""What is counted as a model's size: its ONNX file, the packed file, or the bytes of its tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Option:
         if self.rank:
             return f"{self.method} {self.rank}"
         if self.pattern or self.bits < 32:
-            stored = f"int{self.bits}" if self.bits < 32 else ""
+            stored = "" if self.bits == 32 else "half" if self.bits == 16 else f"int{self.bits}"
             parts = (self.method, self.pattern, f"{stored} arithmetic" if self.inputs == 8 else stored)
             return " ".join(part for part in parts if part)
         return f"{self.method}{'+' + self.compensate if self.compensate != 'none' else ''}:{self.keep}"

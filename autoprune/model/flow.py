@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from autoprune.model.coupling import CONVOLUTIONS, NORMS
 from autoprune.model.observe import calls
 
 
 def norms_after(model: nn.Module, example: Tensor) -> dict[str, str]:
-    """Layer name -> name of the batch norm that reads its output directly."""
+    """Layer name -> name of the batch norm that reads its output directly, and that nothing else reads."""
     modules = dict(model.named_modules())
     maker: dict[int, str] = {}
     follows: dict[str, str] = {}
@@ -22,7 +25,51 @@ def norms_after(model: nn.Module, example: Tensor) -> dict[str, str]:
             maker[id(call.output)] = call.name
         elif isinstance(module, NORMS) and id(call.inputs) in maker:
             follows[maker[id(call.inputs)]] = call.name
-    return follows
+    if _alone(model, example, follows):
+        return follows
+    return {layer: norm for layer, norm in follows.items() if _alone(model, example, {layer: norm})}
+
+
+def _alone(model: nn.Module, example: Tensor, follows: Mapping[str, str]) -> bool:
+    """Whether the model makes the same when only the norms see what their layers make: then nothing else reads it."""
+    made: dict[str, Tensor] = {}
+
+    def distorts(layer: str) -> Callable[[nn.Module, object, Tensor], Tensor]:
+        def after(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+            made[layer] = output
+            return 1 - 2 * output
+
+        return after
+
+    def restores(layer: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        # A norm that reads something else, too, is told apart: it then reads what it should not.
+        return lambda _module, read: (made.pop(layer) if layer in made else 1 - 2 * read[0],)
+
+    with torch.no_grad():
+        wanted = tensors_of(model(example))
+        with ExitStack() as handles:
+            for layer, norm in follows.items():
+                handles.enter_context(_removed(model.get_submodule(layer).register_forward_hook(distorts(layer))))
+                handles.enter_context(_removed(model.get_submodule(norm).register_forward_pre_hook(restores(layer))))
+            found = tensors_of(model(example))
+    return all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(found, wanted, strict=True))
+
+
+@contextmanager
+def _removed(handle: RemovableHandle) -> Iterator[None]:
+    """Takes a hook away when the block ends."""
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def tensors_of(output: object) -> list[Tensor]:
+    """All tensors of a model's output, whatever they are nested in."""
+    if isinstance(output, Tensor):
+        return [output]
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in tensors_of(part)]
 
 
 def norm_scale(norm: nn.Module) -> Tensor:

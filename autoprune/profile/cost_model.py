@@ -66,19 +66,19 @@ class _Stored:
     unit: NDArray[np.intp]
     layer: NDArray[np.intp]
     rates: tuple[Array, ...]
-    """For each, bytes a weight by option of its unit."""
+    """For each, by option of its unit (options, 3): bytes a weight, an output, and while it is there."""
 
     def rates_at(self, choices: Choices) -> Array:
-        """Bytes a weight of each for `choices` (P, U): (P, W)."""
+        """Those of each for `choices` (P, U): (P, W, 3)."""
         columns = [rates[choices[:, unit]] for unit, rates in zip(self.unit, self.rates, strict=True)]
-        return np.stack(columns, axis=1) if columns else np.zeros((len(choices), 0))
+        return np.stack(columns, axis=1) if columns else np.zeros((len(choices), 0, 3))
 
 
 @final
 class CostModel:
     """Costs of the choices of one space on one target. Immutable. Without a table there is no latency.
 
-    `storage` says how many bytes a weight takes on disk under each option of its unit; without, 4.
+    `storage` says what the file that models are shipped as takes; without, size is that of the tensors.
     """
 
     def __init__(
@@ -91,15 +91,17 @@ class CostModel:
         self._map = WidthMap.of(architecture, space)
         self._costs = _price_lists(architecture, self._map, table)
         self.storage = storage
-        self._stored = _stored(architecture, space, storage.rates if storage else None)
+        self._stored = _stored(architecture, space, storage)
+        if storage is not None:
+            self._costs["size"] = _file(architecture, storage)
         self._shaped = self._map.shaped()
         blocks = (index for index, unit in enumerate(space.units) if unit.kind == "block")
         self._whole = tuple(sorted({*blocks, *self._shaped}))
         self._neighbours = _neighbours(space, self._map)
-        if storage is not None and storage.dense_bytes is not None:
-            size = self._costs["size"]
-            extra = storage.dense_bytes - self.cost("size", space.dense)
-            self._costs["size"] = LayerCosts(size.constant + extra, size.block, size.terms)
+        if storage is not None:
+            layers = self._costs["size"]
+            constant = storage.dense_bytes - self.cost("size", space.dense)
+            self._costs["size"] = LayerCosts(constant, layers.block, layers.terms)
         dense = {metric: self.cost(metric, space.dense) for metric in self._costs}
         if table is not None:
             dense["latency"] = table.dense_s  # measured, so free of the correction that predictions get
@@ -139,9 +141,10 @@ class CostModel:
 
     def _restore(self, changes: list[Array], incumbent: Choices, now: Widths) -> None:
         """Put in how bytes change when a layer's weights are stored otherwise."""
-        weights = self._costs["size"].terms["macs"] / BYTES_PER_PARAMETER * (now.inputs * now.outputs * now.present)[0]
+        weights = self._costs["size"].terms["macs"] / BYTES_PER_PARAMETER * (now.inputs * now.outputs)[0]
+        counts = np.stack([weights, now.outputs[0], np.ones_like(weights)]) * now.present  # (3, L)
         for unit, layer, rates in zip(self._stored.unit, self._stored.layer, self._stored.rates, strict=True):
-            changes[unit] = (rates - rates[incumbent[0, unit]]) * weights[layer]
+            changes[unit] = (rates - rates[incumbent[0, unit]]) @ counts[:, layer]
 
     def cheapest_choice(self, metric: Metric) -> Choice:
         """The choice that costs least. Counted metrics: the narrowest option everywhere, exactly.
@@ -205,9 +208,13 @@ class CostModel:
         costs = self._costs[metric]
         if metric != "size" or not len(self._stored.unit):
             return costs
-        pairs = np.repeat(costs.terms["macs"][None], len(choices), axis=0)  # (P, L)
-        pairs[:, self._stored.layer] *= self._stored.rates_at(choices) / BYTES_PER_PARAMETER
-        return LayerCosts(costs.constant, costs.block, {**costs.terms, "macs": pairs})
+        names = ("macs", "out", "present")
+        macs, out, present = (np.repeat(costs.terms[name][None], len(choices), axis=0) for name in names)  # (P, L)
+        rates, layers = self._stored.rates_at(choices), self._stored.layer
+        macs[:, layers] *= rates[..., 0] / BYTES_PER_PARAMETER
+        out[:, layers] += rates[..., 1]
+        present[:, layers] += rates[..., 2]
+        return LayerCosts(costs.constant, costs.block, {"macs": macs, "out": out, "present": present})
 
 
 def _price_lists(architecture: Architecture, widths: WidthMap, table: LatencyTable | None) -> dict[Metric, LayerCosts]:
@@ -263,19 +270,32 @@ def _latency(layers: Sequence[Layer], widths: WidthMap, table: LatencyTable) -> 
     return LayerCosts(scale * table.base, table.channel_block, terms)
 
 
-def _stored(architecture: Architecture, space: Space, rates: Mapping[str, Sequence[float]] | None) -> _Stored:
+def _file(architecture: Architecture, storage: Storage) -> LayerCosts:
+    """Bytes of a file but for what no choice changes."""
+    weights = np.asarray([_weights(layer) for layer in architecture.layers]).reshape(-1, 2) * BYTES_PER_PARAMETER
+    outputs = np.asarray([each.per_output for each in storage.layers], dtype=np.float64)
+    present = np.asarray([each.present for each in storage.layers], dtype=np.float64)
+    return LayerCosts(0.0, 1, {"present": present, "macs": weights[:, 0], "out": weights[:, 1] + outputs})
+
+
+def _stored(architecture: Architecture, space: Space, storage: Storage | None) -> _Stored:
     pairs = [
         (index, place)
         for index, unit in enumerate(space.units)
-        if unit.kind == "weights" and rates is not None
+        if unit.kind == "weights" and storage is not None
         for place, layer in enumerate(architecture.layers)
         if unit.name == layer.unit or unit.layers == (layer.name,)
     ]
     return _Stored(
         np.asarray([unit for unit, _ in pairs], dtype=np.intp),
         np.asarray([place for _, place in pairs], dtype=np.intp),
-        tuple(np.asarray((rates or {})[space.units[unit].name], dtype=np.float64) for unit, _ in pairs),
+        tuple(_rates(storage, space.units[unit].name) for unit, _ in pairs),
     )
+
+
+def _rates(storage: Storage | None, unit: str) -> Array:
+    rates = storage.rates[unit] if storage is not None else ()
+    return np.asarray([(rate.per_weight, rate.per_output, rate.present) for rate in rates], dtype=np.float64)
 
 
 def _neighbours(space: Space, widths: WidthMap) -> _Neighbours:

@@ -72,13 +72,18 @@ class OnnxRuntime:
 
     def save(self, model: nn.Module, example: Tensor, path: Path) -> None:
         """Write a checked .onnx file whose batch is free. The file is there whole or not at all."""
-        graph = export(model, example, dynamic_batch=True)
-        try:
-            onnx.checker.check_model(graph, full_check=True)
-        except Exception as error:
-            raise TargetError(f"onnxruntime: the exported model is not valid ONNX ({cause(error)})") from error
+        graph = checked(export(model, example, dynamic_batch=True))
         with whole(path) as temporary:
             temporary.write_bytes(graph)
+
+
+def checked(graph: bytes) -> bytes:
+    """`graph`, which is valid ONNX. Raises TargetError where it is not."""
+    try:
+        onnx.checker.check_model(graph, full_check=True)
+    except Exception as error:
+        raise TargetError(f"onnxruntime: the exported model is not valid ONNX ({cause(error)})") from error
+    return graph
 
 
 def export(model: nn.Module, example: Tensor, *, dynamic_batch: bool = False) -> bytes:
