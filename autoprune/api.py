@@ -37,6 +37,7 @@ from autoprune.pursue import Found, fastest, pursue
 from autoprune.report.html import render
 from autoprune.run_folder import usable_folder
 from autoprune.runtimes import runtime
+from autoprune.runtimes.resident import resident
 from autoprune.searching.samplers import check_sampler
 from autoprune.ship import write_model
 from autoprune.spaces import WeightChoice, load_space
@@ -178,24 +179,34 @@ def verify_policy(policy_path: Path, config: Config, *, folder: Path, progress: 
     watch = Stopwatch.of(subject.model, runtime(task.target.runtime), task.target, example=subject.example)
     norms = norms_after(subject.model, task.data.validation_inputs[:2])
     files = FileFormat(applied.policy.size, subject.example, norms)
-    first, (timing,) = watch.compare([deployed(applied.model, norms, applied.scales)])
+    ready = deployed(applied.model, norms, applied.scales)
+    first, (timing,) = watch.compare([ready])
+    texts = list(config.budget or ()) or list(applied.policy.budget.values())
+    budget = parse_budgets(texts)[0]
+    peaks: list[int | None] = [None, None]
+    if any(limit.metric == "memory" for limit in budget.limits):
+        peaks = [
+            resident(model, subject.example, runtime=runtime(task.target.runtime), target=task.target).model_bytes
+            for model in (subject.model, ready)
+        ]
     part = subject.parts.held_out
     counted = [
         Measured(
             latency_ms=latency_record(times), ratio=times.ratio,
             score=score(model, task.evaluator, part, batch=subject.batch),
             macs=macs_of(model, task.data.validation_inputs[:1]), params=params(model),
-            size_bytes=files.size(model, weights),
+            size_bytes=files.size(model, weights), memory_bytes=memory,
         )
-        for model, times, weights in ((subject.model, first, FLOATS), (applied.model, timing, applied.weights))
+        for model, times, weights, memory in (
+            (subject.model, first, FLOATS, peaks[0]), (applied.model, timing, applied.weights, peaks[1])
+        )
     ]  # fmt: skip
     dense, pruned = counted
-    texts = list(config.budget or ()) or list(applied.policy.budget.values())
     floor = _floor(config)
     if not floor.text:
         floor = Floor(applied.policy.floor.get("max_drop"), applied.policy.floor.get("min_accuracy"))
-    budget = parse_budgets(texts)[0]
     base = {"latency": first.median, "macs": dense.macs, "params": dense.params, "size": dense.size_bytes}
+    base["memory"] = dense.memory_bytes or 0
     met, verdict = judge(
         pruned, budget.resolve(base), floor, dense=dense, metric=task.evaluator.name,
         higher_is_better=task.evaluator.higher_is_better,
@@ -233,7 +244,9 @@ def _bench(task: Task, budgets: Sequence[Budget], folder: Path, progress: Progre
     subject = stages.timed("discover", lambda: subject_of(task, progress))
     metrics = {limit.metric for budget in budgets for limit in budget.limits}
     latency = "latency" in metrics or not metrics
-    space, costs, table = measured_costs(subject, folder, latency=latency, stages=stages, progress=progress)
+    space, costs, table = measured_costs(
+        subject, folder, latency=latency, stages=stages, progress=progress, memory="memory" in metrics
+    )
     for budget in budgets:
         if all(limit.metric != "size" for limit in budget.limits):
             resolve_limits(costs, budget)  # bytes are known once weights have been stored

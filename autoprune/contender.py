@@ -30,6 +30,7 @@ class Contender:
     divergence: float
     size_bytes: int
     recovery: str | None = None
+    memory_bytes: int | None = None
 
 
 def predicted(bench: Workbench, choice: Choice) -> dict[str, float]:
@@ -37,6 +38,8 @@ def predicted(bench: Workbench, choice: Choice) -> dict[str, float]:
     metrics: list[Metric] = ["macs", "params", "size"]
     if bench.table is not None:
         metrics.append("latency")
+    if bench.costs.memory is not None:
+        metrics.append("memory")
     return {metric: bench.costs.cost(metric, choice) for metric in metrics}
 
 
@@ -46,6 +49,7 @@ def off_by(bench: Workbench, contender: Contender, metric: Metric) -> float:
         return contender.timing.ratio / (contender.predicted["latency"] / bench.costs.dense["latency"])
     value = measured(bench, contender)
     counted: dict[Metric, float] = {"macs": value.macs, "params": value.params, "size": value.size_bytes}
+    counted["memory"] = value.memory_bytes or 0
     return counted[metric] / contender.predicted[metric]
 
 
@@ -67,6 +71,7 @@ def measured(bench: Workbench, contender: Contender, held_out: ScoreRecord | Non
         macs=counted_macs(model, bench),
         params=params(model),
         size_bytes=contender.size_bytes,
+        memory_bytes=contender.memory_bytes,
         recovery=contender.recovery,
     )
 

@@ -53,6 +53,7 @@ def write_down(bench: Workbench, found: Found, floor: Floor, *, title: str) -> W
         latency_ms=latency_record(found.dense_timing, reference_s=bench.table.dense_s if bench.table else None),
         ratio=1.0, score=dense_score, divergence=0.0, macs=counted_macs(bench.subject.model, bench),
         params=params(bench.subject.model), size_bytes=bench.files.size(bench.subject.model, FLOATS),
+        memory_bytes=round(bench.costs.dense["memory"]) if "memory" in bench.costs.dense else None,
     )  # fmt: skip
     chosen = measured(
         bench, found.chosen, score(found.chosen.candidate.model, task.evaluator, part, batch=bench.subject.batch)
@@ -98,6 +99,8 @@ def judge(
     numbers: dict[str, float] = {"macs": value.macs, "params": value.params, "size": value.size_bytes}
     if value.latency_ms is not None:
         numbers["latency"] = value.latency_ms.median / 1e3
+    if value.memory_bytes is not None:
+        numbers["memory"] = value.memory_bytes
     for name, limit in limits.items():
         if name in over:
             missed = 100 * (over[name] - 1)

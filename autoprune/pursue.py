@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 
 from autoprune.bank.stitch import deployable, shape_only
 from autoprune.contender import Contender, misses, off_by, predicted
@@ -23,6 +24,8 @@ from autoprune.profile.cost_model import CostModel
 from autoprune.progress import Progress
 from autoprune.recover.refit import Reference, refit
 from autoprune.rivals import baseline_choices
+from autoprune.runtimes import runtime
+from autoprune.runtimes.resident import resident
 from autoprune.searching import scorer
 from autoprune.searching.engine import Finished, ranked, run_search
 from autoprune.searching.problem import Problem
@@ -141,14 +144,16 @@ def _keeps_floor(bench: Workbench, floor: Floor, contender: Contender) -> bool:
 
 
 def _with_margin(bench: Workbench, limits: Mapping[Metric, float], *, finalists: int) -> dict[Metric, float]:
-    """Limits for predictions: latency is aimed at a little below, by what the table's check says of its error.
+    """Limits for predictions: latency and memory are aimed at a little below, by what the tables' checks say.
 
     The more finalists are timed, the closer one may aim: one of them has to keep the budget.
     """
-    error = 0.0
-    if bench.table is not None:
-        error = min(1.5 * bench.table.check.median_error / math.sqrt(finalists), _MOST_MARGIN)
-    return {metric: limit * (1 - error) if metric == "latency" else limit for metric, limit in limits.items()}
+    checks = {"latency": bench.table and bench.table.check, "memory": bench.costs.memory and bench.costs.memory.check}
+    errors = {
+        metric: min(1.5 * check.median_error / math.sqrt(finalists), _MOST_MARGIN)
+        for metric, check in checks.items() if check
+    }  # fmt: skip
+    return {metric: limit * (1 - errors.get(metric, 0.0)) for metric, limit in limits.items()}
 
 
 def _aimed(bench: Workbench, limits: Mapping[Metric, float], progress: Progress) -> Workbench:
@@ -199,7 +204,9 @@ def _corrected(bench: Workbench, off: float) -> Workbench:
     """The same workbench with latency predicted `off` times as long."""
     assert bench.table is not None
     table = bench.table.model_copy(update={"correction": bench.table.correction * off})
-    costs = CostModel(bench.costs.architecture, bench.space, table, storage=bench.costs.storage)
+    costs = CostModel(
+        bench.costs.architecture, bench.space, table, storage=bench.costs.storage, memory=bench.costs.memory
+    )
     return replace(bench, table=table, costs=costs)
 
 
@@ -247,14 +254,23 @@ def _timed(
         contenders = [
             Contender(
                 label, trial.choice, candidate, timing, predicted(bench, trial.choice), trial.value,
-                bench.files.size(candidate.model, Weights.of(candidate)),
+                bench.files.size(candidate.model, Weights.of(candidate)), memory_bytes=_memory(bench, model),
             )
-            for (label, trial), candidate, timing in zip(labelled, candidates, timings, strict=True)
+            for (label, trial), candidate, model, timing in zip(labelled, candidates, ready, timings, strict=True)
         ]  # fmt: skip
         progress.step(len(labelled))
         return contenders[: len(chosen)], contenders[len(chosen) :], dense
 
     return bench.stages.timed("verify", work)
+
+
+def _memory(bench: Workbench, model: nn.Module) -> int | None:
+    """Peak memory of a deployable model, measured in fresh processes, where a budget asks for it."""
+    if bench.costs.memory is None:
+        return None
+    task = bench.subject.task
+    found = resident(model, bench.subject.example, runtime=runtime(task.target.runtime), target=task.target)
+    return found.model_bytes
 
 
 def _recovered(

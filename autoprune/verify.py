@@ -102,4 +102,6 @@ def overruns(measured: Measured, limits: Mapping[Metric, float]) -> dict[Metric,
     values: dict[Metric, float] = {"macs": measured.macs, "params": measured.params, "size": measured.size_bytes}
     if measured.latency_ms is not None:
         values["latency"] = measured.latency_ms.median / 1e3
+    if measured.memory_bytes is not None:
+        values["memory"] = measured.memory_bytes
     return {metric: values[metric] / limit for metric, limit in limits.items() if values[metric] > limit}

@@ -27,6 +27,7 @@ from autoprune.bank.depth import observe_runs
 from autoprune.bank.ranges import observe_arithmetic
 from autoprune.bank.stitch import Stitcher, shape_only
 from autoprune.core.cost import LatencyTable
+from autoprune.core.memory_table import MemoryTable
 from autoprune.core.space import Choice, Space
 from autoprune.errors import TargetError
 from autoprune.evaluators.divergence import DivergenceKind
@@ -39,6 +40,7 @@ from autoprune.model.recalibrate import Anchor
 from autoprune.profile.cost_model import CostModel
 from autoprune.profile.forms import with_forms
 from autoprune.profile.latency import Bench, measure_table
+from autoprune.profile.memory import MemoryModel, live_map_of, measure_memory
 from autoprune.progress import Progress
 from autoprune.recover.refit import Reference, RefitSettings
 from autoprune.runtimes import runtime
@@ -92,9 +94,11 @@ class Workbench:
 
 
 def measured_costs(
-    subject: Subject, folder: Path, *, latency: bool, stages: Stages, progress: Progress
+    subject: Subject, folder: Path, *, latency: bool, stages: Stages, progress: Progress, memory: bool = False
 ) -> tuple[Space, CostModel, LatencyTable | None]:
-    """The cost table, and the space whose widths fit the runtime's steps. Latency is measured only when asked for."""
+    """The cost table, and the space whose widths fit the runtime's steps. Latency and memory are measured only when
+    asked for.
+    """
     task = subject.task
     units = subject.anatomy.units
     forms = runtime(task.target.runtime).forms(task.target)
@@ -106,7 +110,8 @@ def measured_costs(
     if table is not None:
         aligned = CostModel(with_forms(subject.anatomy.architecture, first), first, table).aligned_widths
     space = resolve(units, task.spec, aligned=aligned, forms=forms)
-    return space, CostModel(with_forms(subject.anatomy.architecture, space), space, table), table
+    peak = stages.timed("memory", lambda: _memory(subject, space, folder, progress)) if memory else None
+    return space, CostModel(with_forms(subject.anatomy.architecture, space), space, table, memory=peak), table
 
 
 def arithmetic_of(subject: Subject, space: Space, folder: Path, progress: Progress) -> dict[str, Arithmetic]:
@@ -148,6 +153,17 @@ def _table(subject: Subject, space: Space, folder: Path, progress: Progress) -> 
                 progress.note(f"reused the latency table ({table.fitted_models} models, {path.name})")
                 return table.model_copy(update={"dense_s": _dense_latency(subject)})
 
+    bench = _shapes(subject, space, folder, progress)
+    table = measure_table(
+        space, architecture, bench=bench, key=key, seed=task.seed, progress=progress,
+        check=subject.samples.check,
+    )  # fmt: skip
+    write_text(path, table.model_dump_json(indent=1))
+    return table
+
+
+def _shapes(subject: Subject, space: Space, folder: Path, progress: Progress) -> Bench:
+    """Where choices become models for the clock."""
     arithmetic = arithmetic_of(subject, space, folder, progress)
     norms = norms_after(subject.model, subject.task.data.validation_inputs[:2])
 
@@ -155,13 +171,27 @@ def _table(subject: Subject, space: Space, folder: Path, progress: Progress) -> 
         options = space.options_of(choice)
         return shape_only(subject.model, subject.anatomy, options, norms=norms, arithmetic=arithmetic)
 
-    bench = Bench(build, engine, task.target, subject.example)
-    table = measure_table(
-        space, architecture, bench=bench, key=key, seed=task.seed, progress=progress,
-        check=subject.samples.check,
-    )  # fmt: skip
-    write_text(path, table.model_dump_json(indent=1))
-    return table
+    return Bench(build, runtime(subject.task.target.runtime), subject.task.target, subject.example)
+
+
+def _memory(subject: Subject, space: Space, folder: Path, progress: Progress) -> MemoryModel:
+    """What this model's shapes need in memory on this target and machine, measured or read."""
+    task = subject.task
+    architecture = with_forms(subject.anatomy.architecture, space)
+    version = runtime(task.target.runtime).version()
+    key = of_text(
+        architecture, space, task.target.text, tuple(subject.example.shape), version, platform.node(), "memory 1"
+    )
+    path = folder / "tables" / f"memory-{key[:16]}.json"
+    bench = _shapes(subject, space, folder, progress)
+    table = None
+    if path.exists():
+        with suppress(ValidationError):
+            table = MemoryTable.model_validate_json(path.read_text(encoding="utf-8"))
+    if table is None or table.key != key:
+        table = measure_memory(space, architecture, bench=bench, key=key, seed=task.seed, progress=progress)
+        write_text(path, table.model_dump_json(indent=1))
+    return MemoryModel(live_map_of(space, bench), table, space, architecture)
 
 
 def _dense_latency(subject: Subject) -> float:
@@ -188,7 +218,7 @@ def prepare(
     architecture = with_forms(subject.anatomy.architecture, space)
     files = _file_format(subject, bank.norms, progress)
     storage = stages.timed("storage", lambda: storage_of(stitcher, space, architecture, files))
-    costs = CostModel(architecture, space, table, storage=storage)
+    costs = CostModel(architecture, space, table, storage=storage, memory=costs.memory)
     priors = stages.timed(
         "priors", lambda: _priors(subject, space, stitcher, selection, folder=folder, key=key, progress=progress)
     )

@@ -12,9 +12,12 @@ import networks
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from autoprune.bank.stitch import shape_only
+from autoprune.core.cost import TableCheck
 from autoprune.core.memory_table import MemoryTable
 from autoprune.core.space import Choice, Space
 from autoprune.core.target import Target
@@ -233,3 +236,35 @@ def test_what_is_not_measured_is_told() -> None:
         resident(nn.Linear(2, 2), torch.zeros(1, 2), runtime=Other(), target=Target("other"))  # type: ignore[arg-type]
     with pytest.raises(TargetError, match="device: cpu"):
         resident(nn.Linear(2, 2), torch.zeros(1, 2), runtime=ONNX, target=Target(device="cuda"))
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_memory_of_neighbours_is_exact(remembered: CostModel, data: st.DataObject) -> None:
+    sizes = remembered.space.sizes
+    choice = tuple(data.draw(st.integers(0, size - 1)) for size in sizes)
+    now, changes = remembered.cost("memory", choice), remembered.linearise("memory", choice)
+    unit = data.draw(st.integers(0, len(sizes) - 1))
+    for option in range(sizes[unit]):
+        neighbour = (*choice[:unit], option, *choice[unit + 1 :])
+        assert remembered.cost("memory", neighbour) - now == pytest.approx(float(changes[unit][option]), abs=1e-3)
+
+
+def test_what_is_reachable_is_below_the_dense_model(remembered: CostModel) -> None:
+    least, dense = remembered.range("memory")
+    assert least < remembered.cost("memory", remembered.space.dense)
+    assert dense == remembered.dense["memory"]
+
+
+@pytest.fixture(scope="module")
+def remembered() -> CostModel:
+    """The law of a machine, and what it makes of a residual net."""
+    subject = Subject("residual functional")
+    table = MemoryTable(
+        key="k", dense_bytes=2e7, runtime_bytes=5e7, base_bytes=1e6, per_weight_byte=3.0, per_live_byte=2.0,
+        loading_base_bytes=5e5, loading_per_weight_byte=2.0, channel_block=8, fitted_models=1,
+        check=TableCheck(models=0, median_error=0.0, worst_error=0.0),
+    )  # fmt: skip
+    architecture = subject.architecture
+    live = live_map_of(subject.space, subject.bench)
+    return CostModel(architecture, subject.space, memory=MemoryModel(live, table, subject.space, architecture))

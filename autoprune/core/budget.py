@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from autoprune.errors import ConfigError, near_miss
 
-Metric = Literal["latency", "macs", "params", "size"]
+Metric = Literal["latency", "macs", "params", "size", "memory"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 
 _SCALES: dict[str, tuple[Metric, float]] = {
@@ -33,9 +33,14 @@ _SCALES: dict[str, tuple[Metric, float]] = {
     "gb": ("size", 1e9),
     "kib": ("size", 2.0**10),
     "mib": ("size", 2.0**20),
+    "kbmemory": ("memory", 1e3),
+    "mbmemory": ("memory", 1e6),
+    "gbmemory": ("memory", 1e9),
+    "mibmemory": ("memory", 2.0**20),
+    "gibmemory": ("memory", 2.0**30),
 }
 _PATTERN = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(%|x|[a-zµ]+)\s*([a-z]*)\s*", re.IGNORECASE)
-_HELP = "write e.g. 5ms, 800us, 50% (of dense latency), 2x (speed-up), 300MMACs, 50%macs, 2MB or 60%params"
+_HELP = "write e.g. 5ms, 800us, 50% (of dense latency), 2x (speed-up), 300MMACs, 50%macs, 2MB, 60%params or 64MBmemory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +130,7 @@ def shown(metric: str, value: float) -> str:
     if metric == "latency":
         return f"{value * 1e3:.3g} ms"
     scale, prefix = next(((s, p) for s, p in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if value >= s), (1.0, ""))
-    unit = {"macs": "MACs", "params": "params", "size": "B"}[metric]
+    unit = {"macs": "MACs", "params": "params", "size": "B", "memory": "B memory"}[metric]
     return f"{value / scale:.3g} {prefix}{unit}"
 
 

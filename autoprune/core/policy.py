@@ -116,6 +116,8 @@ class Measured(_Value):
     macs: int
     params: int
     size_bytes: int
+    memory_bytes: int | None = None
+    """Peak resident memory above that of a process without the model."""
     recovery: str | None = None
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import final
+from typing import Protocol, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autoprune.core.architecture import Architecture, Layer
 from autoprune.core.budget import Metric
-from autoprune.core.cost import LatencyTable, Storage
+from autoprune.core.cost import LatencyTable, Storage, TableCheck
 from autoprune.core.space import Choice, Space
 from autoprune.core.unit import Unit
 from autoprune.profile.features import FEATURES
@@ -74,16 +74,28 @@ class _Stored:
         return np.stack(columns, axis=1) if columns else np.zeros((len(choices), 0, 3))
 
 
+class PeakMemory(Protocol):
+    """Predicts peak resident memory; see `profile.memory`."""
+
+    dense_bytes: float
+    check: TableCheck
+
+    def evaluate(self, choices: Choices, weight_bytes: Array) -> Array:
+        """Bytes (P,) of choices (P, U), whose weights take `weight_bytes` (P,) as floats."""
+        ...
+
+
 @final
 class CostModel:
     """Costs of the choices of one space on one target. Immutable. Without a table there is no latency.
 
-    `storage` says what the file that models are shipped as takes; without, size is that of the tensors.
+    `storage` says what the file that models are shipped as takes; without, size is that of the tensors. Without
+    `memory` that is not known.
     """
 
     def __init__(
         self, architecture: Architecture, space: Space, table: LatencyTable | None = None, *,
-        storage: Storage | None = None,
+        storage: Storage | None = None, memory: PeakMemory | None = None,
     ) -> None:  # fmt: skip
         self.architecture = architecture
         self.space = space
@@ -91,6 +103,8 @@ class CostModel:
         self._map = WidthMap.of(architecture, space)
         self._costs = _price_lists(architecture, self._map, table)
         self.storage = storage
+        self.memory = memory
+        self._tensors = self._costs["size"]
         self._stored = _stored(architecture, space, storage)
         if storage is not None:
             self._costs["size"] = _file(architecture, storage)
@@ -105,11 +119,15 @@ class CostModel:
         dense = {metric: self.cost(metric, space.dense) for metric in self._costs}
         if table is not None:
             dense["latency"] = table.dense_s  # measured, so free of the correction that predictions get
+        if memory is not None:
+            dense["memory"] = memory.dense_bytes
         self.dense: Mapping[Metric, float] = MappingProxyType(dense)
 
     def evaluate(self, metric: Metric, choices: Choices) -> Array:
         """Costs (P,) of choices (P, U), in the metric's own unit: seconds, MACs for one sample, parameters, bytes."""
         rows = np.asarray(choices, dtype=np.int64)
+        if metric == "memory" and self.memory is not None:
+            return self.memory.evaluate(rows, self._tensors.total(self._map.at(rows)))
         return self._list(metric, rows).total(self._map.at(rows))
 
     def cost(self, metric: Metric, choice: Choice) -> float:
@@ -122,6 +140,8 @@ class CostModel:
         What is inside a block that `incumbent` drops changes nothing; a block's drop saves what its inside costs now.
         """
         raw = as_array(incumbent)
+        if metric == "memory":
+            return self._neighbours_of(metric, incumbent, range(len(incumbent)))
         costs, flat = self._list(metric, raw), self._neighbours
         normal = self._map.normal(raw)
         now = self._map.at(normal)
@@ -135,7 +155,7 @@ class CostModel:
         changes = np.split(rows, flat.starts[1:-1])
         if metric == "size":
             self._restore(changes, raw, now)
-        for unit, whole_changes in self._whole_changes(metric, incumbent):
+        for unit, whole_changes in zip(self._whole, self._neighbours_of(metric, incumbent, self._whole), strict=True):
             changes[unit] = whole_changes
         return changes
 
@@ -152,8 +172,9 @@ class CostModel:
         A narrow ragged width can take longer than a wider aligned one, so latency descends from there, unit by unit.
         """
         choice = self.space.normal(tuple(size - 1 for size in self.space.sizes))
-        self._list(metric, as_array(choice))
-        if metric != "latency" and not self._shaped and not (metric == "size" and len(self._stored.unit)):
+        self.evaluate(metric, as_array(choice))
+        by_width = metric in ("macs", "params") or (metric == "size" and not len(self._stored.unit))
+        if by_width and not self._shaped:
             return choice
         lower = self._descended(metric, choice)
         while self.cost(metric, lower) < self.cost(metric, choice) * (1 - _GAIN):
@@ -175,6 +196,8 @@ class CostModel:
 
     def is_additive(self, metric: Metric) -> bool:
         """Whether one linearisation is exact everywhere: no two units share a layer, but for a block and its inside."""
+        if metric == "memory":
+            return False
         prices = self._list(metric, as_array(self.space.dense)).terms.values()
         priced = sum((terms.reshape(-1) for terms in prices), np.zeros(len(self.architecture.layers))) > 0
         touching = (self._map.input_times + self._map.output_times > 0) & priced  # (U, L)
@@ -190,16 +213,16 @@ class CostModel:
             choice = (*choice[:unit], best, *choice[unit + 1 :])
         return choice
 
-    def _whole_changes(self, metric: Metric, incumbent: Choice) -> list[tuple[int, Array]]:
-        """(unit, changes of its options) for units that add or remove layers, by evaluating each neighbour whole."""
-        if not self._whole:
+    def _neighbours_of(self, metric: Metric, incumbent: Choice, units: Sequence[int]) -> list[Array]:
+        """For each of `units` the changes of its options, by evaluating each neighbour whole."""
+        if not units:
             return []
-        sizes = [self.space.sizes[unit] for unit in self._whole]
+        sizes = [self.space.sizes[unit] for unit in units]
         neighbours = np.repeat(as_array(incumbent), 1 + sum(sizes), axis=0)  # the first stays the incumbent
-        columns = np.repeat(self._whole, sizes)
+        columns = np.repeat(np.asarray(units), sizes)
         neighbours[np.arange(1, len(neighbours)), columns] = np.concatenate([np.arange(size) for size in sizes])
         costs = self.evaluate(metric, neighbours)
-        return list(zip(self._whole, np.split(costs[1:] - costs[0], np.cumsum(sizes)[:-1]), strict=True))
+        return list(np.split(costs[1:] - costs[0], np.cumsum(sizes)[:-1]))
 
     def _list(self, metric: Metric, choices: Choices) -> LayerCosts:
         """The prices at `choices` (P, U); the same for all but of bytes."""

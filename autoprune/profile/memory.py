@@ -41,6 +41,8 @@ class MemoryModel:
 
     def __init__(self, live_map: LiveMap, table: MemoryTable, space: Space, architecture: Architecture) -> None:
         self.table = table
+        self.dense_bytes = table.dense_bytes
+        self.check = table.check
         self._live_map = live_map
         self._widths = WidthMap.of(architecture, space)
 

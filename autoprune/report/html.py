@@ -85,6 +85,7 @@ def _check(outcome: OutcomeRecord) -> str:
 
 
 def _measured(rows: Mapping[str, Measured], outcome: OutcomeRecord) -> str:
+    remembered = any(model.memory_bytes is not None for model in rows.values())
     columns = (
         "model",
         outcome.metric,
@@ -95,6 +96,7 @@ def _measured(rows: Mapping[str, Measured], outcome: OutcomeRecord) -> str:
         "MACs",
         "params",
         "size",
+        *(["memory"] if remembered else []),
         "divergence",
     )
     lines = [
@@ -106,6 +108,7 @@ def _measured(rows: Mapping[str, Measured], outcome: OutcomeRecord) -> str:
             numbers.share(model.ratio),
             numbers.milliseconds(model.predicted_ms),
             *numbers.counted(model),
+            *([numbers.memory(model)] if remembered else []),
             numbers.NOTHING if model.divergence is None else numbers.digits(model.divergence),
         )
         for name, model in rows.items()

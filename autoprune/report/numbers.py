@@ -59,6 +59,11 @@ def counted(model: Measured) -> tuple[str, str, str]:
     return cost("macs", model.macs), cost("params", model.params), cost("size", model.size_bytes)
 
 
+def memory(model: Measured) -> str:
+    """Peak memory: `12.3 MB`."""
+    return NOTHING if model.memory_bytes is None else cost("size", model.memory_bytes)
+
+
 def cost(metric: str, number: float) -> str:
     """A cost in its own unit (seconds, MACs, parameters, bytes)."""
     return f"{digits(number * 1e3)} ms" if metric == "latency" else shown(metric, number)

@@ -130,6 +130,7 @@ def _point(trial: TrialRecord, metric: str, scale: float) -> Point:
 
 def _verified(model: Measured, metric: str) -> Point | None:
     costs = {"latency": model.predicted_ms, "macs": model.macs, "params": model.params, "size": model.size_bytes}
+    costs["memory"] = model.memory_bytes
     cost = costs.get(metric)
     return None if cost is None or model.divergence is None else (float(cost), model.divergence)
 

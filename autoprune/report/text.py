@@ -81,9 +81,10 @@ def measured_table(rows: Mapping[str, Measured], *, metric: str) -> Table:
         style = "bold" if name in ("chosen", "pruned") else ""
         table.add_column(Text(numbers.label(name)), justify="right", style=style, overflow="fold")
     cells = [_cells(model, metric) for model in rows.values()]
-    names = (metric, "latency", "p10–p90 ms", "of dense", "predicted", "MACs", "params", "size")
+    names = (metric, "latency", "p10–p90 ms", "of dense", "predicted", "MACs", "params", "size", "memory")
     for index, name in enumerate(names):
-        table.add_row(Text(name), *(column[index] for column in cells))
+        if any(column[index] != numbers.NOTHING for column in cells):
+            table.add_row(Text(name), *(column[index] for column in cells))
     return table
 
 
@@ -104,6 +105,7 @@ def _cells(model: Measured, metric: str) -> tuple[str, ...]:
         numbers.share(model.ratio),
         numbers.milliseconds(model.predicted_ms),
         *numbers.counted(model),
+        numbers.memory(model),
     )
 
 
