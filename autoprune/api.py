@@ -96,7 +96,7 @@ def search(  # noqa: PLR0913 (one flat, keyword-only door, like the configuratio
     data = as_data(calibration, validation)
     goal = Target() if target is None else target
     if example is not None:
-        goal = Target(goal.runtime, goal.device, goal.threads, int(example.shape[0]))
+        goal = replace(goal, batch=int(example.shape[0]))
     folder = Path(run) if run is not None else Path(mkdtemp(prefix="autoprune-"))
     spec = load_space(space, Path.cwd())
     task = Task(
@@ -289,7 +289,7 @@ def _task(config: Config, folder: Path) -> Task:
     spec = spec.model_copy(update={"protect": (*spec.protect, *config.space.protect)})
     target, shape = config.target.target, config.target.example
     if shape is not None:
-        target = Target(target.runtime, target.device, target.threads, shape[0])
+        target = replace(target, batch=shape[0])
     return Task(
         model, type(model).__name__, data, judge_by, target, spec, None if shape is None else shape[1:],
         config.search.seed, config.size, config.search.bank_memory,

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
 from autoprune.core.budget import Budget, parse_budgets, parse_fraction, parse_limit
-from autoprune.core.target import Device, Target
+from autoprune.core.target import Device, Precision, Target
 from autoprune.core.unit import SizeOf
 from autoprune.errors import ConfigError, RunError, listed, near_miss
 from autoprune.files import read_yaml, write_text
@@ -119,6 +119,7 @@ class TargetConfig(_Section):
     device: Device = Field(default="cpu", description="The device it runs on.")
     threads: Count = Field(default=1, description="Threads of the runtime.")
     batch: Count = Field(default=1, description="Samples a run.")
+    precision: Precision = Field(default="float32", description="What the runtime computes with where it has a choice.")
     example: Annotated[tuple[int, ...], BeforeValidator(_shape)] | None = Field(
         default=None, description="Shape of one input with its batch, e.g. [1, 3, 32, 32]. Default: the data's shape."
     )
@@ -126,7 +127,7 @@ class TargetConfig(_Section):
     @property
     def target(self) -> Target:
         """The same as a value of the core."""
-        return Target(self.runtime, self.device, self.threads, self.batch)
+        return Target(self.runtime, self.device, self.threads, self.batch, self.precision)
 
 
 class SpaceConfig(_Section):

@@ -149,6 +149,8 @@ def _plain(policy: Policy) -> dict[str, Any]:
         for key, usual in (("compensate", "none"), ("pattern", ""), ("bits", 32), ("rank", 0), ("inputs", 32)):
             if unit[key] == usual:
                 del unit[key]
+    if content.get("target", {}).get("precision") == "float32":
+        del content["target"]["precision"]
     if content["size"] == "onnx":
         del content["size"]
     for section in ("budget", "floor"):

@@ -151,7 +151,7 @@ def resolve(
     forms: Collection[Form] = get_args(Form),
 ) -> Space:  # fmt: skip
     """The options of every unit. `aligned` gives a unit's widths at the runtime's steps, once they are measured;
-    `forms` are those in which the runtime can have a layer.
+    `forms` are those in which the runtime has kernels of its own for a layer.
     """
     entries = []
     for unit in units:
@@ -180,7 +180,7 @@ def _weight_options(unit: Unit, spec: SpaceSpec, forms: Collection[Form]) -> tup
     }
     found |= {option for choice in spec.weights for option in _low_ranks(unit, choice.ranks)}
     order = sorted(found, key=lambda o: (-o.keep, -o.bits, -o.inputs, o.method, o.pattern))
-    return tuple(option for option in order if option.form in forms)
+    return tuple(option for option in order if option.form != "integer" or "integer" in forms)
 
 
 def _low_ranks(unit: Unit, shares: Sequence[float]) -> set[Option]:

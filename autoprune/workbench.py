@@ -108,10 +108,10 @@ def measured_costs(
     table = stages.timed("profile", lambda: _table(subject, first, folder, progress)) if latency else None
     aligned = None
     if table is not None:
-        aligned = CostModel(with_forms(subject.anatomy.architecture, first), first, table).aligned_widths
+        aligned = CostModel(with_forms(subject.anatomy.architecture, first, forms), first, table).aligned_widths
     space = resolve(units, task.spec, aligned=aligned, forms=forms)
     peak = stages.timed("memory", lambda: _memory(subject, space, folder, progress)) if memory else None
-    return space, CostModel(with_forms(subject.anatomy.architecture, space), space, table, memory=peak), table
+    return space, CostModel(with_forms(subject.anatomy.architecture, space, forms), space, table, memory=peak), table
 
 
 def arithmetic_of(subject: Subject, space: Space, folder: Path, progress: Progress) -> dict[str, Arithmetic]:
@@ -137,7 +137,7 @@ def _table(subject: Subject, space: Space, folder: Path, progress: Progress) -> 
     """The latency table of this model's shapes on this target and machine, measured or read."""
     task = subject.task
     engine = runtime(task.target.runtime)
-    architecture = with_forms(subject.anatomy.architecture, space)
+    architecture = with_forms(subject.anatomy.architecture, space, engine.forms(task.target))
     key = of_text(
         architecture, space, task.target.text, tuple(subject.example.shape), engine.version(),
         platform.node(), platform.processor(), "table 2",
@@ -177,10 +177,16 @@ def _shapes(subject: Subject, space: Space, folder: Path, progress: Progress) ->
 def _memory(subject: Subject, space: Space, folder: Path, progress: Progress) -> MemoryModel:
     """What this model's shapes need in memory on this target and machine, measured or read."""
     task = subject.task
-    architecture = with_forms(subject.anatomy.architecture, space)
-    version = runtime(task.target.runtime).version()
+    engine = runtime(task.target.runtime)
+    architecture = with_forms(subject.anatomy.architecture, space, engine.forms(task.target))
     key = of_text(
-        architecture, space, task.target.text, tuple(subject.example.shape), version, platform.node(), "memory 1"
+        architecture,
+        space,
+        task.target.text,
+        tuple(subject.example.shape),
+        engine.version(),
+        platform.node(),
+        "memory 1",
     )
     path = folder / "tables" / f"memory-{key[:16]}.json"
     bench = _shapes(subject, space, folder, progress)
@@ -215,7 +221,7 @@ def prepare(
     stitcher = Stitcher(model, subject.anatomy, bank, anchor=anchor, arithmetic=arithmetic)
     selection = Selection.of(model, batches_of(subject, subject.parts.selection.inputs), kind)
     space = _ranked_only(space, bank, stitcher, progress)
-    architecture = with_forms(subject.anatomy.architecture, space)
+    architecture = with_forms(subject.anatomy.architecture, space, runtime(task.target.runtime).forms(task.target))
     files = _file_format(subject, bank.norms, progress)
     storage = stages.timed("storage", lambda: storage_of(stitcher, space, architecture, files))
     costs = CostModel(architecture, space, table, storage=storage, memory=costs.memory)

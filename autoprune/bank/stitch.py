@@ -14,7 +14,7 @@ from autoprune.bank.mend import Mender, Solution
 from autoprune.bank.sparse import Edit, Editor, apply_edit
 from autoprune.core.unit import DROP, Option
 from autoprune.model.blocks import Block
-from autoprune.model.coupling import Group
+from autoprune.model.coupling import Group, is_matrix
 from autoprune.model.cut import CutPlan, Kept, cut, plan_cut
 from autoprune.model.discover import Anatomy
 from autoprune.model.factor import factor_layer
@@ -142,9 +142,19 @@ def shape_only(
             continue
         if option.rank:
             factor_layer(shaped, unit.layers[0], option.rank)
+        if option.form == "2:4":
+            _keep_two_of_four(shaped.get_submodule(unit.layers[0]))
         if option.form == "integer":
             compute_in_integers(shaped, unit.layers[0], (arithmetic or {})[unit.layers[0]])
     return deployed(shaped, norms or {})
+
+
+def _keep_two_of_four(layer: nn.Module) -> None:
+    """Zeros wherever such a pattern has them, weights as they fall: for kernels that look for it."""
+    assert is_matrix(layer)
+    columns = layer.weight.shape[1]
+    gone = (torch.arange(columns) % 4 >= 2).view(-1, *(1,) * (layer.weight.ndim - 2))
+    layer.weight.data = layer.weight.data.masked_fill(gone, 0.0)
 
 
 def _first_channels(

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from autoprune.core.pattern import parse_pattern
+from autoprune.core.target import Precision
 from autoprune.core.unit import LOW_RANK, Bits, Compensate, InputBits, Kind, Option, SizeOf
 
 FORMAT: Final = 1
@@ -84,6 +85,7 @@ class TargetRecord(_Value):
     device: str
     threads: int
     batch: int
+    precision: Precision = "float32"
     where: str = ""
 
 

@@ -13,8 +13,9 @@ Bits = Literal[3, 4, 5, 6, 8, 16, 32]
 InputBits = Literal[8, 32]
 """What a layer computes with: integers of 8 bits, its weights and what it reads, or floats."""
 
-Form = Literal["float", "low_rank", "integer"]
-"""In what form a layer is there, as far as that decides what it costs to run: zeros and stored integers do not."""
+Form = Literal["float", "low_rank", "integer", "2:4"]
+"""In what form a layer is there, as far as that may decide what it costs to run. Stored integers do not, and zeros
+do where a runtime has kernels for their pattern; elsewhere that form is as good as `float`."""
 
 SizeOf = Literal["onnx", "packed", "plain"]
 """What is counted as a model's size: its ONNX file, the packed file, or the bytes of its tensors."""
@@ -61,7 +62,9 @@ class Option:
         """In what form the layer of a `weights` unit is there."""
         if self.rank:
             return "low_rank"
-        return "integer" if self.inputs == 8 else "float"
+        if self.inputs == 8:
+            return "integer"
+        return "2:4" if self.pattern == "2:4" and self.bits >= 16 else "float"
 
     @property
     def label(self) -> str:

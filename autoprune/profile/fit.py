@@ -93,7 +93,7 @@ def design(widths: Widths, dense: Widths, layers: Sequence[Layer | None], block:
 
 def _kind(layer: Layer) -> str:
     """What layers have kernels in common."""
-    return f"{layer.kind} integer" if layer.form == "integer" else layer.kind
+    return f"{layer.kind} {layer.form}" if layer.form in ("integer", "2:4") else layer.kind
 
 
 def fit(designs: Sequence[Design], shares: Array, *, seed: int = 0) -> Fit:

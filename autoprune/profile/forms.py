@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import get_args
 
@@ -10,8 +11,8 @@ from autoprune.core.space import Space
 from autoprune.core.unit import Form, Unit
 
 
-def with_forms(architecture: Architecture, space: Space) -> Architecture:
-    """`architecture` with each layer once for every form that an option of `space` gives it."""
+def with_forms(architecture: Architecture, space: Space, forms: Collection[Form] = get_args(Form)) -> Architecture:
+    """`architecture` with each layer once for every form that an option of `space` gives it, of those among `forms`."""
     deciding: dict[str, tuple[Unit, set[Form]]] = {
         entry.unit.layers[0]: (entry.unit, {option.form for option in entry.options})
         for entry in space.entries
@@ -22,8 +23,12 @@ def with_forms(architecture: Architecture, space: Space) -> Architecture:
         if layer.name not in deciding or deciding[layer.name][1] == {"float"}:
             layers.append(layer)
             continue
-        unit, forms = deciding[layer.name]
-        layers += [part for form in get_args(Form) if form in forms for part in _formed(layer, unit, form)]
+        unit, given = deciding[layer.name]
+        told = given & {"float", *forms} - ({"2:4"} if layer.kind != "linear" else set())
+        if told == {"float"}:
+            layers.append(layer)
+            continue
+        layers += [part for form in get_args(Form) if form in told for part in _formed(layer, unit, form)]
     return replace(architecture, layers=tuple(layers))
 
 
@@ -31,8 +36,8 @@ def _formed(layer: Layer, unit: Unit, form: Form) -> list[Layer]:
     """What stands in the place of `layer`."""
     if form == "float":
         return [replace(layer, unit=unit.name, form=form)]
-    if form == "integer":
-        return [replace(layer, signature=f"{layer.signature} integer", unit=unit.name, form=form)]
+    if form in ("integer", "2:4"):
+        return [replace(layer, signature=f"{layer.signature} {form}", unit=unit.name, form=form)]
     columns = unit.width // unit.outputs
     between = Width(0, ((unit.name, 1 / (unit.outputs + columns)),))  # its option keeps rank * (outputs + columns)
     first = replace(

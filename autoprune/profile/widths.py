@@ -62,7 +62,7 @@ class WidthMap:
             input_times=input_times,
             output_fixed=output_fixed,
             output_times=output_times,
-            forms=_padded([[_FORMS.index(option.form) for option in e.options] for e in space.entries]).astype(np.intp),
+            forms=_forms(architecture, space),
             layer_unit=np.asarray(
                 [-1 if layer.unit is None else space.names.index(layer.unit) for layer in architecture.layers],
                 dtype=np.intp,
@@ -112,6 +112,16 @@ class WidthMap:
 def as_array(choice: Choice) -> Choices:
     """One choice as an array of shape (1, U)."""
     return np.asarray(choice, dtype=np.int64).reshape(1, -1)
+
+
+def _forms(architecture: Architecture, space: Space) -> NDArray[np.intp]:
+    """(U, O) the form that each option gives its unit's layer; `float` where the architecture does not know it."""
+    known = {(layer.unit, layer.form) for layer in architecture.layers}
+    rows = [
+        [_FORMS.index(option.form if (entry.unit.name, option.form) in known else "float") for option in entry.options]
+        for entry in space.entries
+    ]
+    return _padded(rows).astype(np.intp)
 
 
 def _keeps(space: Space) -> Array:

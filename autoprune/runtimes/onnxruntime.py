@@ -63,6 +63,10 @@ class OnnxRuntime:
     def load(self, model: nn.Module, example: Tensor, target: Target) -> OnnxSession:
         """A session for inputs of exactly `example`'s shape. Raises TargetError when export or loading fails."""
         providers = _providers(target)
+        if target.precision != "float32":
+            raise TargetError(
+                f"onnxruntime: precision {target.precision!r} is not offered; use float32, or the runtime 'torch'"
+            )
         graph = export(model, example)
         try:
             session = onnxruntime.InferenceSession(graph, session_options(target.threads), providers=providers)
