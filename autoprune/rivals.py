@@ -20,7 +20,9 @@ from autoprune.workbench import Workbench
 
 
 def baseline_choices(bench: Workbench, problem: Problem) -> dict[str, Choice]:
-    """What the search must beat: uniform l2, uniform by each method's best form, global magnitude."""
+    """What the search must beat: uniform l2, uniform by each method's best form, the same with all layers in integers
+    where they can be, global magnitude.
+    """
     choices: dict[str, Choice | None] = {}
     pairs = [(choice.method, choice.compensate) for choice in bench.subject.task.spec.methods]
     plain: Compensate = "none"
@@ -30,6 +32,10 @@ def baseline_choices(bench: Workbench, problem: Problem) -> dict[str, Choice]:
         for name, compensate in dict.fromkeys([first, *(pair for pair in pairs if pair == best)]):
             mended = f" + {compensate.replace('_', ' ')}" if compensate != "none" else ""
             choices[f"uniform {name}{mended}"] = uniform(problem, method=name, compensate=compensate)
+            if any(option.form == "integer" for entry in problem.space.entries for option in entry.options):
+                choices[f"uniform {name}{mended}, all int8"] = uniform(
+                    problem, method=name, compensate=compensate, integers=True
+                )
     if ("l2", plain) in pairs:
         choices["global magnitude"] = global_magnitude(problem, _magnitudes(bench))
     for found in bench.subject.task.spec.weights:

@@ -27,7 +27,10 @@ from autoprune.goal import Plan
 from autoprune.model.flow import norms_after
 from autoprune.model.integers import Arithmetic, Grid, compute_in_integers, deployed, integer_layers
 from autoprune.progress import Silent
+from autoprune.rivals import baseline_choices
 from autoprune.runtimes.onnxruntime import OnnxRuntime, export
+from autoprune.searching.baselines import uniform
+from autoprune.searching.problem import Problem
 from autoprune.spaces import load_space
 from autoprune.subject import Task, subject_of
 from autoprune.workbench import Workbench
@@ -149,6 +152,18 @@ def test_shapes_alone_are_ready_for_the_clock(bench: Workbench) -> None:
     assert len(integer_layers(model)) == layers
     assert kinds.count("QuantizeLinear") == 3 * layers - 1  # a convolution and its shortcut read the same
     assert "BatchNormalization" not in kinds
+
+
+def test_a_baseline_has_all_layers_in_integers(bench: Workbench) -> None:
+    problem = Problem(bench.space, bench.costs, {"macs": 0.5 * bench.costs.dense["macs"]}, bench.priors)
+    found = uniform(problem, method="l2", compensate="least_squares", integers=True)
+    assert found is not None
+    options = bench.space.options_of(found)
+    for entry in bench.space.entries:
+        if entry.unit.kind == "weights":
+            assert options[entry.unit.name] == next(option for option in entry.options if option.form == "integer")
+    assert problem.fits(found)
+    assert "uniform l2 + least squares, all int8" in baseline_choices(bench, problem)
 
 
 def test_models_without_integers_are_handed_on_as_they_are(bench: Workbench) -> None:

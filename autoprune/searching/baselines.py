@@ -17,15 +17,20 @@ from autoprune.searching.problem import Floats, Ints, Problem, as_choice
 _SLACK = 1e-9  # of rounding in a fraction times a width
 
 
-def uniform(problem: Problem, *, method: str, compensate: Compensate = "none") -> Choice | None:
+def uniform(
+    problem: Problem, *, method: str, compensate: Compensate = "none", integers: bool = False
+) -> Choice | None:  # fmt: skip
     """The largest common kept fraction of all channel units that fits; blocks are kept.
 
     Each unit takes its widest option of this method at most that wide (its narrowest, when none is so narrow), or
-    stays whole. None when even the narrowest does not fit.
+    stays whole. With `integers` all layers that can compute in integers do. None when even the narrowest does not fit.
     """
     menu = _narrower(problem, method, compensate)
     fractions = np.unique(np.concatenate([[1.0], *(keeps / keeps[0] for keeps, _ in menu.values())]))[::-1]
     choices = np.array([_by_unit(problem, menu, _shares(menu, float(ratio))) for ratio in fractions])
+    if integers:
+        for unit, (_, indices) in _menu(problem, "weights", _is_dense_integer).items():
+            choices[:, unit] = indices[0]
     return _first_that_fits(problem, choices)
 
 
@@ -123,6 +128,10 @@ def _menu(problem: Problem, kind: Kind, allowed: Callable[[Option], bool]) -> _M
             keeps = [entry.options[index].keep for index in indices]
             menu[unit] = (np.array(keeps, dtype=np.int64), np.array(indices, dtype=np.int64))
     return menu
+
+
+def _is_dense_integer(option: Option) -> bool:
+    return option.form == "integer" and not option.pattern
 
 
 def _narrower(problem: Problem, method: str, compensate: Compensate) -> _Menu:
