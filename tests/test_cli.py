@@ -88,8 +88,8 @@ def test_search_without_a_file_runs_the_demo_and_says_so(api: Api, tmp_path: Pat
 
 ALL_FLAGS = """
     --model a.py:m --data a.py:d --weights w.pt --metric a.py:f --lower-is-better -b 3ms,5ms -b 2MB --max-drop 1%
-    --size packed --min-accuracy 0.9 --space mine.yaml --protect a* --protect b --runtime torch --device cuda --precision float16
-    --threads 2 --batch 4 --example 1,3,8,8 --trials 9 --seconds 3.5 --seed 7 --sampler tpe
+    --size packed --min-accuracy 0.9 --space mine.yaml --protect a* --protect b --runtime torch --device cuda
+    --precision float16 --threads 2 --batch 4 --example 1,3,8,8 --trials 9 --seconds 3.5 --seed 7 --sampler tpe
     --finalists 2 --no-refit --bank-memory 1GB --run here
 """
 

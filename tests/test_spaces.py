@@ -32,7 +32,7 @@ def test_presets_load_and_know_their_methods(name: str, tmp_path: Path) -> None:
 
 
 def test_the_default_preset_is_there() -> None:
-    assert {"cnn-channels", "blocks", "all-methods", "compress"} <= set(presets())
+    assert {"cnn-channels", "blocks", "all-methods", "compress", "int8"} <= set(presets())
 
 
 def test_the_loader_finds_presets_in_a_wheel_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
