@@ -74,5 +74,7 @@ class LatencyTable(BaseModel):
     signatures: tuple[SignatureCost, ...]
     fitted_models: int
     check: TableCheck
+    seam: float = 0.0
+    """What each place costs where layers in integers meet layers in floats."""
     correction: float = 1.0
     """Factor learnt by verification: measured over predicted near the chosen policy."""

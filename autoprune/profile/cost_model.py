@@ -19,6 +19,7 @@ from autoprune.core.cost import LatencyTable, Storage, TableCheck
 from autoprune.core.space import Choice, Space
 from autoprune.core.unit import Unit
 from autoprune.profile.features import FEATURES
+from autoprune.profile.seams import Seams
 from autoprune.profile.widths import Array, Choices, WidthMap, Widths, as_array
 
 BYTES_PER_PARAMETER = 4
@@ -103,6 +104,7 @@ class CostModel:
         self._map = WidthMap.of(architecture, space)
         self._costs = _price_lists(architecture, self._map, table)
         self.storage = storage
+        self._seams = Seams.of(architecture)
         self.memory = memory
         self._tensors = self._costs["size"]
         self._stored = _stored(architecture, space, storage)
@@ -128,15 +130,25 @@ class CostModel:
         rows = np.asarray(choices, dtype=np.int64)
         if metric == "memory" and self.memory is not None:
             return self.memory.evaluate(rows, self._tensors.total(self._map.at(rows)))
-        return self._list(metric, rows).total(self._map.at(rows))
+        return self._summed(metric, rows) + (self._seam_costs(rows) if metric == "latency" else 0.0)
+
+    def _summed(self, metric: Metric, choices: Choices) -> Array:
+        """Costs (P,) as far as they are sums over layers."""
+        return self._list(metric, choices).total(self._map.at(choices))
+
+    def _seam_costs(self, choices: Choices) -> Array:
+        if self.table is None or not self._seams.places:
+            return np.zeros(len(choices))
+        return self.table.dense_s * self.table.correction * self.table.seam * self._seams.count(self._map.at(choices))
 
     def cost(self, metric: Metric, choice: Choice) -> float:
         """The cost of one choice."""
         return float(self.evaluate(metric, as_array(choice))[0])
 
     def linearise(self, metric: Metric, incumbent: Choice) -> list[Array]:
-        """For each unit (options,): how the cost changes when only this unit's option is replaced. Exact.
+        """For each unit (options,): how the cost changes when only this unit's option is replaced. Exact but for seams.
 
+        Seams are left out: one layer changed alone makes two, and who saw that would never change the first of many.
         What is inside a block that `incumbent` drops changes nothing; a block's drop saves what its inside costs now.
         """
         raw = as_array(incumbent)
@@ -196,7 +208,7 @@ class CostModel:
 
     def is_additive(self, metric: Metric) -> bool:
         """Whether one linearisation is exact everywhere: no two units share a layer, but for a block and its inside."""
-        if metric == "memory":
+        if metric == "memory" or (metric == "latency" and self._seams.places):
             return False
         prices = self._list(metric, as_array(self.space.dense)).terms.values()
         priced = sum((terms.reshape(-1) for terms in prices), np.zeros(len(self.architecture.layers))) > 0
@@ -221,7 +233,7 @@ class CostModel:
         neighbours = np.repeat(as_array(incumbent), 1 + sum(sizes), axis=0)  # the first stays the incumbent
         columns = np.repeat(np.asarray(units), sizes)
         neighbours[np.arange(1, len(neighbours)), columns] = np.concatenate([np.arange(size) for size in sizes])
-        costs = self.evaluate(metric, neighbours)
+        costs = self.evaluate(metric, neighbours) if metric == "memory" else self._summed(metric, neighbours)
         return list(np.split(costs[1:] - costs[0], np.cumsum(sizes)[:-1]))
 
     def _list(self, metric: Metric, choices: Choices) -> LayerCosts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -43,8 +43,7 @@ def _batch(space: Space, count: int, rng: np.random.Generator, *, kind: _Kind) -
         return []
     levels = _strata(count, rng)
     drop_shares = WIDEST_DROP_SHARE * _strata(count, rng) * (rng.random(count) < 0.75)
-    shaped = any(option.form != "float" for entry in space.entries for option in entry.options)
-    form_shares = _strata(count, rng) * (rng.random(count) < 0.75) if shaped else np.zeros(count)
+    shaped = _runs_of_forms(space, count, rng)
     columns = []
     for entry in space.entries:
         quantiles = _strata(count, rng)
@@ -53,7 +52,7 @@ def _batch(space: Space, count: int, rng: np.random.Generator, *, kind: _Kind) -
             columns.append((last * (quantiles < drop_shares)).tolist())
             continue
         if entry.unit.kind == "weights":
-            columns.append(_forms(entry, shaped=quantiles < form_shares, rng=rng))
+            columns.append(_forms(entry, shaped=next(shaped), rng=rng))
             continue
         if kind == "levelled":
             quantiles = rng.beta(0.5 + 5 * levels, 0.5 + 5 * (1 - levels))
@@ -61,6 +60,21 @@ def _batch(space: Space, count: int, rng: np.random.Generator, *, kind: _Kind) -
         places = np.minimum(len(firsts) * quantiles, len(firsts) - 1).astype(np.intp)
         columns.append([firsts[place] for place in places])
     return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _runs_of_forms(space: Space, count: int, rng: np.random.Generator) -> Iterator[NDArray[np.bool_]]:
+    """For each `weights` unit in turn, (count,): whether it has another form. Neighbours are alike in some models and
+    differ in others: each has its own share of such units, and its own chance to change from one unit to the next.
+    """
+    if not any(option.form != "float" for entry in space.entries for option in entry.options):
+        while True:
+            yield np.zeros(count, dtype=np.bool_)
+    shares = _strata(count, rng) * (rng.random(count) < 0.85)
+    restless = rng.choice([0.05, 0.2, 1.0], count)
+    now = rng.random(count) < shares
+    while True:
+        yield now
+        now = np.where(rng.random(count) < restless, rng.random(count) < shares, now)
 
 
 def _forms(entry: UnitOptions, *, shaped: NDArray[np.bool_], rng: np.random.Generator) -> list[int]:

@@ -27,6 +27,8 @@ DENSE_WEIGHT = 10.0
 _FOLDS = 5
 
 Shape = tuple[str, str]  # (signature, feature)
+SEAM: Shape = ("", "seam")
+"""The column of what belongs to no layer."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,10 +60,16 @@ class Fit:
     block: int
     base: float
     coefficients: Mapping[Shape, float]
+    seam: float = 0.0
+    """Share of each seam."""
 
 
-def design(widths: Widths, dense: Widths, layers: Sequence[Layer | None], block: int) -> Design:
-    """The design of P models over L layers; a layer None is left out. `dense` holds the one dense model."""
+def design(
+    widths: Widths, dense: Widths, layers: Sequence[Layer | None], block: int, *, seams: Array | None = None
+) -> Design:
+    """The design of P models over L layers; a layer None is left out. `dense` holds the one dense model, `seams` (P,)
+    how many seams each model has.
+    """
     timed = [(index, layer) for index, layer in enumerate(layers) if layer is not None]
     places = [index for index, _ in timed]
     inputs, outputs, present = (values[:, places] for values in (widths.inputs, widths.outputs, widths.present))
@@ -86,6 +94,11 @@ def design(widths: Widths, dense: Widths, layers: Sequence[Layer | None], block:
                 columns.append((group, name))
                 rows.append(column)
                 fulls.append(total)
+    if seams is not None and seams.any():
+        columns.append(SEAM)
+        rows.append(seams / seams.max())
+        fulls.append(0.0)
+        loads[SEAM] = 1 / float(seams.max())
     matrix = np.reshape(rows, (len(columns), -1)).T
     own = np.asarray([group in kinds for group, _ in columns], dtype=np.bool_)
     return Design(block, tuple(columns), matrix, np.asarray(fulls), own, loads, kinds)
@@ -103,10 +116,12 @@ def fit(designs: Sequence[Design], shares: Array, *, seed: int = 0) -> Fit:
     solution = _solve(best, ridge, best.rows, shares)
     found = dict(zip(best.columns, solution[1:].tolist(), strict=True))
     coefficients = {}
-    for (signature, feature), load in best.loads.items():
+    loads = dict(best.loads)
+    seam = found.get(SEAM, 0.0) * loads.pop(SEAM, 0.0)
+    for (signature, feature), load in loads.items():
         common, own = found.get((best.kinds[signature], feature), 0.0), found.get((signature, feature), 0.0)
         coefficients[signature, feature] = load * (common + own)
-    return Fit(best.block, float(solution[0]), coefficients)
+    return Fit(best.block, float(solution[0]), coefficients, seam)
 
 
 def _solve(design: Design, own_ridge: float, rows: Array, shares: Array) -> Array:

@@ -21,12 +21,15 @@ from autoprune.profile.clock import interleave
 from autoprune.profile.cost_model import CostModel
 from autoprune.profile.draw import draw
 from autoprune.profile.fit import BLOCKS, Design, Fit, design, fit
+from autoprune.profile.seams import Seams
 from autoprune.profile.widths import Array, Choices, WidthMap
 from autoprune.progress import Progress
 from autoprune.runtimes.base import Runtime, Session
 
 MODELS = 32
 """Random whole models that a table is fitted to: 52 predict unseen ones hardly better (1.1 against 1.2 %)."""
+MODELS_WITH_FORMS = 56
+"""Where layers have several forms there is more to tell apart."""
 CHUNK = 6
 """Sessions alive at once, the dense one among them."""
 _ROUNDS = 20
@@ -68,7 +71,8 @@ def measure_table(
     fewer models are used, a quarter of them for the check. Raises TargetError when a model cannot be run.
     """
     widths = WidthMap.of(architecture, space)
-    fitted, checked = _draw(space, MODELS, check, seed)
+    formed = any(layer.form != "float" for layer in architecture.layers)
+    fitted, checked = _draw(space, MODELS_WITH_FORMS if formed else MODELS, check, seed)
     measured = _measure([*fitted, *checked], space.dense, bench, progress, seed)
     if fitted:
         designs = [_design(fitted, space, architecture, widths, block=block) for block in BLOCKS]
@@ -94,7 +98,9 @@ def _design(
     choices: Sequence[Choice], space: Space, architecture: Architecture, widths: WidthMap, *, block: int
 ) -> Design:
     timed = [None if layer.kind in _FUSED else layer for layer in architecture.layers]
-    return design(widths.at(_stack(choices)), widths.at(_stack([space.dense])), timed, block)
+    rows = widths.at(_stack(choices))
+    seams = Seams.of(architecture).count(rows)
+    return design(rows, widths.at(_stack([space.dense])), timed, block, seams=seams)
 
 
 def _measure(choices: Sequence[Choice], dense: Choice, bench: Bench, progress: Progress, seed: int) -> _Measured:
@@ -132,6 +138,7 @@ def _table(found: Fit, key: str, dense_s: float, models: int, check: TableCheck)
         signatures=tuple(SignatureCost(signature=name, coefficients=prices[name]) for name in sorted(prices)),
         fitted_models=models,
         check=check,
+        seam=found.seam,
     )
 
 
