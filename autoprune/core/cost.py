@@ -74,6 +74,8 @@ class LatencyTable(BaseModel):
     signatures: tuple[SignatureCost, ...]
     fitted_models: int
     check: TableCheck
+    integer_block: int = 1
+    """The same step of layers that compute in integers."""
     seam: float = 0.0
     """What each place costs where layers in integers meet layers in floats."""
     correction: float = 1.0

@@ -18,7 +18,8 @@ from autoprune.core.budget import Metric
 from autoprune.core.cost import LatencyTable, Storage, TableCheck
 from autoprune.core.space import Choice, Space
 from autoprune.core.unit import Unit
-from autoprune.profile.features import FEATURES
+from autoprune.profile.features import FEATURES, Steps
+from autoprune.profile.fit import steps_of
 from autoprune.profile.seams import Seams
 from autoprune.profile.widths import Array, Choices, WidthMap, Widths, as_array
 
@@ -31,15 +32,16 @@ class LayerCosts:
     """One metric's price list: `constant + sum over present layers, over features, of coefficient * feature`."""
 
     constant: float
-    block: int
+    block: Steps
     terms: Mapping[str, Array]
     """Feature name -> coefficients >= 0, (L,), or (P, L) where they depend on the choice."""
 
     def at(self, inputs: Array, outputs: Array, layers: NDArray[np.intp] | slice = slice(None)) -> Array:
         """Each layer's cost when it is there, elementwise; `layers` says which layer each last-axis entry is."""
         total = np.zeros_like(inputs)
+        block = self.block if isinstance(self.block, int) else self.block[layers]
         for name, coefficients in self.terms.items():
-            total += coefficients[..., layers] * FEATURES[name].of(inputs, outputs, self.block)
+            total += coefficients[..., layers] * FEATURES[name].of(inputs, outputs, block)
         return total
 
     def total(self, widths: Widths) -> Array:
@@ -302,7 +304,8 @@ def _latency(layers: Sequence[Layer], widths: WidthMap, table: LatencyTable) -> 
     for name, feature in FEATURES.items():
         coefficients = [prices.get(layer.signature, {}).get(name, 0.0) for layer in layers]
         terms[name] = scale * np.asarray(coefficients) / feature.full(dense.inputs, dense.outputs)[0]
-    return LayerCosts(scale * table.base, table.channel_block, terms)
+    steps = steps_of(layers, table.channel_block, table.integer_block)
+    return LayerCosts(scale * table.base, steps, terms)
 
 
 def _file(architecture: Architecture, storage: Storage) -> LayerCosts:

@@ -69,7 +69,8 @@ def _runs_of_forms(space: Space, count: int, rng: np.random.Generator) -> Iterat
     if not any(option.form != "float" for entry in space.entries for option in entry.options):
         while True:
             yield np.zeros(count, dtype=np.bool_)
-    shares = _strata(count, rng) * (rng.random(count) < 0.85)
+    # A third have all such units, where searches for latency end, and some have none.
+    shares = np.clip(1.7 * _strata(count, rng) - 0.2, 0.0, 1.0)
     restless = rng.choice([0.05, 0.2, 1.0], count)
     now = rng.random(count) < shares
     while True:

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from autoprune.core.architecture import Layer
 
 Array = NDArray[np.float64]
+Steps = Array | int
+"""Channels of a block: of all layers, or of each."""
 
 SMALL_BLOCK = 4
 """A vector register of 128 bits, in floats: the least that blocked kernels ask of a width that is not whole blocks."""
@@ -33,7 +35,7 @@ Extent = Literal["layer", "pairs", "inputs", "outputs"]
 class Feature:
     """`of(inputs, outputs, block)`, elementwise over arrays of one shape, at most about its `extent`."""
 
-    of: Callable[[Array, Array, int], Array]
+    of: Callable[[Array, Array, Steps], Array]
     extent: Extent
 
     def full(self, inputs: Array, outputs: Array) -> Array:
@@ -59,7 +61,7 @@ class Feature:
         return parts[self.extent]
 
 
-def _up(width: Array, block: int) -> Array:
+def _up(width: Array, block: Steps) -> Array:
     """Rounded up to whole blocks."""
     whole: Array = np.ceil(width / block) * block
     return whole
@@ -69,15 +71,15 @@ def _flag(condition: NDArray[np.bool_]) -> Array:
     return np.where(condition, 1.0, 0.0)
 
 
-def _thin(inputs: Array, block: int) -> Array:
+def _thin(inputs: Array, block: Steps) -> Array:
     return _flag(inputs < block)
 
 
-def _loose(inputs: Array, block: int) -> Array:
+def _loose(inputs: Array, block: Steps) -> Array:
     return _flag((inputs >= block) & (inputs % SMALL_BLOCK != 0))
 
 
-def _whole(inputs: Array, block: int) -> Array:
+def _whole(inputs: Array, block: Steps) -> Array:
     return _flag((inputs >= block) & (inputs % SMALL_BLOCK == 0))
 
 

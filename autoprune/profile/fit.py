@@ -19,6 +19,7 @@ from autoprune.profile.features import FEATURES
 from autoprune.profile.widths import Array, Widths
 
 BLOCKS = (1, 4, 8, 16, 32)
+INTEGER_BLOCKS = (4, 16, 64)
 RIDGE = 1e-3
 """Weight of the squares of what is common, against one model's squared relative error; common columns are shares."""
 OWN_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -40,6 +41,7 @@ class Design:
     """
 
     block: int
+    integer_block: int
     columns: tuple[Shape, ...]
     rows: Array
     dense: Array
@@ -60,20 +62,23 @@ class Fit:
     block: int
     base: float
     coefficients: Mapping[Shape, float]
+    integer_block: int = 1
     seam: float = 0.0
     """Share of each seam."""
 
 
 def design(
-    widths: Widths, dense: Widths, layers: Sequence[Layer | None], block: int, *, seams: Array | None = None
-) -> Design:
+    widths: Widths, dense: Widths, layers: Sequence[Layer | None], block: int, *, integer_block: int = 1,
+    seams: Array | None = None,
+) -> Design:  # fmt: skip
     """The design of P models over L layers; a layer None is left out. `dense` holds the one dense model, `seams` (P,)
-    how many seams each model has.
+    how many seams each model has. Layers in integers go by blocks of their own.
     """
     timed = [(index, layer) for index, layer in enumerate(layers) if layer is not None]
     places = [index for index, _ in timed]
     inputs, outputs, present = (values[:, places] for values in (widths.inputs, widths.outputs, widths.present))
     full_in, full_out = dense.inputs[:, places], dense.outputs[:, places]
+    steps = steps_of([layer for _, layer in timed], block, integer_block)
     kinds = {layer.signature: _kind(layer) for _, layer in timed}
     common = [(kind, [_kind(layer) == kind for _, layer in timed]) for kind in sorted(set(kinds.values()))]
     shapes = [(name, [layer.signature == name for _, layer in timed]) for name in sorted(kinds)]
@@ -86,8 +91,8 @@ def design(
         work /= max(work.sum(), 1e-30)
         loads |= {(layer.signature, name): float(share) for (_, layer), share in zip(timed, work, strict=True)}
         scale = work / feature.full(full_in, full_out)  # (1, L)
-        shares = present * feature.of(inputs, outputs, block) * scale  # (P, L)
-        whole = feature.of(full_in, full_out, block) * scale * dense.present[:, places]
+        shares = present * feature.of(inputs, outputs, steps) * scale  # (P, L)
+        whole = feature.of(full_in, full_out, steps) * scale * dense.present[:, places]
         for group, members in (*common, *shapes):
             column, total = shares[:, members].sum(axis=1), float(whole[0, members].sum())
             if not np.allclose(column, total):
@@ -101,7 +106,12 @@ def design(
         loads[SEAM] = 1 / float(seams.max())
     matrix = np.reshape(rows, (len(columns), -1)).T
     own = np.asarray([group in kinds for group, _ in columns], dtype=np.bool_)
-    return Design(block, tuple(columns), matrix, np.asarray(fulls), own, loads, kinds)
+    return Design(block, integer_block, tuple(columns), matrix, np.asarray(fulls), own, loads, kinds)
+
+
+def steps_of(layers: Sequence[Layer], block: int, integer_block: int) -> Array:
+    """(L,) the block that each layer's kernels work on."""
+    return np.asarray([integer_block if layer.form == "integer" else block for layer in layers], dtype=np.float64)
 
 
 def _kind(layer: Layer) -> str:
@@ -121,7 +131,7 @@ def fit(designs: Sequence[Design], shares: Array, *, seed: int = 0) -> Fit:
     for (signature, feature), load in loads.items():
         common, own = found.get((best.kinds[signature], feature), 0.0), found.get((signature, feature), 0.0)
         coefficients[signature, feature] = load * (common + own)
-    return Fit(best.block, float(solution[0]), coefficients, seam)
+    return Fit(best.block, float(solution[0]), coefficients, best.integer_block, seam)
 
 
 def _solve(design: Design, own_ridge: float, rows: Array, shares: Array) -> Array:

@@ -20,7 +20,7 @@ from autoprune.core.target import Target
 from autoprune.profile.clock import interleave
 from autoprune.profile.cost_model import CostModel
 from autoprune.profile.draw import draw
-from autoprune.profile.fit import BLOCKS, Design, Fit, design, fit
+from autoprune.profile.fit import BLOCKS, INTEGER_BLOCKS, Design, Fit, design, fit
 from autoprune.profile.seams import Seams
 from autoprune.profile.widths import Array, Choices, WidthMap
 from autoprune.progress import Progress
@@ -75,7 +75,12 @@ def measure_table(
     fitted, checked = _draw(space, MODELS_WITH_FORMS if formed else MODELS, check, seed)
     measured = _measure([*fitted, *checked], space.dense, bench, progress, seed)
     if fitted:
-        designs = [_design(fitted, space, architecture, widths, block=block) for block in BLOCKS]
+        integer = any(layer.form == "integer" for layer in architecture.layers)
+        designs = [
+            _design(fitted, space, architecture, widths, block=block, integer_block=of_integers)
+            for block in BLOCKS
+            for of_integers in (INTEGER_BLOCKS if integer else (1,))
+        ]
         found = fit(designs, measured.shares[: len(fitted)], seed=seed)
     else:
         found = Fit(block=1, base=1.0, coefficients={})
@@ -91,16 +96,31 @@ def _draw(space: Space, count: int, check: int, seed: int) -> tuple[list[Choice]
     checked = [choice for choice in others if choice not in set(fitted)][:check]
     moved = max(0, min(check, (len(fitted) + len(checked)) // 4) - len(checked))
     split = len(fitted) - moved
-    return fitted[:split], [*checked, *fitted[split:]]
+    return [*_corners(space), *fitted[:split]], [*checked, *fitted[split:]]
+
+
+def _corners(space: Space) -> list[Choice]:
+    """The dense widths with every layer in integers that may be: where a search for latency begins, and far from what
+    is drawn. Without it ResNet-56 in integers was predicted 17 % too slow, with it 1.3 % off.
+    """
+    forms = [[option.form for option in entry.options] for entry in space.entries]
+    choice = tuple(row.index("integer") if "integer" in row else 0 for row in forms)
+    return [choice] if any(choice) else []
 
 
 def _design(
-    choices: Sequence[Choice], space: Space, architecture: Architecture, widths: WidthMap, *, block: int
+    choices: Sequence[Choice],
+    space: Space,
+    architecture: Architecture,
+    widths: WidthMap,
+    *,
+    block: int,
+    integer_block: int,
 ) -> Design:
     timed = [None if layer.kind in _FUSED else layer for layer in architecture.layers]
     rows = widths.at(_stack(choices))
     seams = Seams.of(architecture).count(rows)
-    return design(rows, widths.at(_stack([space.dense])), timed, block, seams=seams)
+    return design(rows, widths.at(_stack([space.dense])), timed, block, integer_block=integer_block, seams=seams)
 
 
 def _measure(choices: Sequence[Choice], dense: Choice, bench: Bench, progress: Progress, seed: int) -> _Measured:
@@ -135,6 +155,7 @@ def _table(found: Fit, key: str, dense_s: float, models: int, check: TableCheck)
         dense_s=dense_s,
         base=found.base,
         channel_block=found.block,
+        integer_block=found.integer_block,
         signatures=tuple(SignatureCost(signature=name, coefficients=prices[name]) for name in sorted(prices)),
         fitted_models=models,
         check=check,
