@@ -19,6 +19,7 @@ from autoprune.core.outcome import OutcomeRecord, PackedItem, PackedRecord, Unit
 from autoprune.core.policy import Measured, Policy
 from autoprune.core.target import Target
 from autoprune.core.unit import SizeOf
+from autoprune.costing import Stages, measured_costs
 from autoprune.data import as_data
 from autoprune.errors import BudgetError, MissedError
 from autoprune.evaluators import evaluator
@@ -45,7 +46,7 @@ from autoprune.sparsity import sparsifier
 from autoprune.storage import FLOATS, FileFormat
 from autoprune.subject import Task, in_memory, subject_of
 from autoprune.verify import Stopwatch, latency_record, params, score
-from autoprune.workbench import Stages, Workbench, measured_costs, prepare
+from autoprune.workbench import Workbench, prepare
 
 JOURNAL = "study.journal"
 

@@ -19,13 +19,14 @@ import numpy as np
 import torch
 
 from autoprune.core.target import Target
+from autoprune.costing import Stages, measured_costs
 from autoprune.data import as_data
 from autoprune.evaluators import evaluator
 from autoprune.progress import Silent
 from autoprune.searching.scorer import Scorer
 from autoprune.spaces import load_space
 from autoprune.subject import Task, subject_of
-from autoprune.workbench import Stages, Workbench, measured_costs, prepare
+from autoprune.workbench import Workbench, prepare
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from autoprune.bank.stitch import shape_only
 from autoprune.core.target import Target
+from autoprune.costing import Stages, measured_costs
 from autoprune.data import as_data
 from autoprune.evaluators import evaluator
 from autoprune.profile.draw import draw
@@ -25,7 +26,6 @@ from autoprune.runtimes import runtime
 from autoprune.spaces import load_space
 from autoprune.subject import Task, subject_of
 from autoprune.verify import Stopwatch
-from autoprune.workbench import Stages, measured_costs
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from autoprune.core.target import Target
 from autoprune.core.unit import Unit
+from autoprune.costing import Stages, measured_costs
 from autoprune.data import as_data
 from autoprune.evaluators import evaluator
 from autoprune.model.coupling import CONVOLUTIONS, NORMS
@@ -20,7 +21,7 @@ from autoprune.model.discover import Anatomy
 from autoprune.progress import Silent
 from autoprune.spaces import load_space
 from autoprune.subject import Task, subject_of
-from autoprune.workbench import Stages, Workbench, measured_costs, prepare
+from autoprune.workbench import Workbench, prepare
 
 SIDE = 8
 

@@ -12,9 +12,10 @@ from test_weights import bench_of
 
 from autoprune.bank.store import Moments
 from autoprune.config import Config
+from autoprune.costing import Stages, measured_costs
 from autoprune.progress import Silent
 from autoprune.subject import subject_of
-from autoprune.workbench import Stages, Workbench, measured_costs, prepare
+from autoprune.workbench import Workbench, prepare
 
 torch.set_num_threads(1)
 

@@ -42,6 +42,7 @@ LEVELS: dict[str, int] = {
     "subject": 6,
     "run_folder": 4,
     "storage": 7,
+    "costing": 7,
     "workbench": 7,
     "contender": 7,
     "rivals": 7,

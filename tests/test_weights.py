@@ -23,6 +23,7 @@ from autoprune.core.pattern import parse_pattern
 from autoprune.core.policy import UnitDecision
 from autoprune.core.target import Target
 from autoprune.core.unit import DROP, Option
+from autoprune.costing import Stages, measured_costs
 from autoprune.errors import ConfigError, PolicyError
 from autoprune.files import read_policy
 from autoprune.goal import Plan
@@ -37,7 +38,7 @@ from autoprune.spaces import SpaceSpec, load_space, resolve
 from autoprune.storage import FLOATS, Weights
 from autoprune.subject import Task, subject_of
 from autoprune.verify import Stopwatch, size_bytes
-from autoprune.workbench import Stages, Workbench, measured_costs, prepare
+from autoprune.workbench import Workbench, prepare
 
 torch.set_num_threads(1)
 
