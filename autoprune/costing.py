@@ -97,7 +97,7 @@ def _table(subject: Subject, space: Space, folder: Path, progress: Progress) -> 
     architecture = with_forms(subject.anatomy.architecture, space, engine.forms(task.target))
     key = of_text(
         architecture, space, task.target.text, tuple(subject.example.shape), engine.version(),
-        platform.node(), platform.processor(), "table 5",
+        platform.node(), platform.processor(), "table 6",
     )  # fmt: skip
     path = folder / "tables" / f"{key[:16]}.json"
     if path.exists():

@@ -16,11 +16,14 @@ from torch import nn
 from autoprune.bank.stitch import deployable, shape_only
 from autoprune.contender import Contender, misses, off_by, predicted
 from autoprune.core.budget import Budget, Limit, Metric
+from autoprune.core.cost import LatencyTable
+from autoprune.core.space import Choice
 from autoprune.errors import BudgetError
 from autoprune.goal import Floor, Plan, resolve_limits
 from autoprune.model.fingerprint import of_text
 from autoprune.profile.clock import Timing
 from autoprune.profile.cost_model import CostModel
+from autoprune.profile.latency import refitted
 from autoprune.progress import Progress
 from autoprune.recover.refit import Reference, refit
 from autoprune.rivals import baseline_choices
@@ -75,7 +78,9 @@ def pursue(
         shown = ", ".join(f"{metric} is {off:.3f} x the prediction" for metric, off in missed.items())
         progress.note(f"no finalist keeps the budget: {shown}; predictions are corrected")
         if "latency" in missed:
-            bench = _corrected(bench, max(missed.pop("latency"), 1.005))
+            missed.pop("latency")
+            near = [(contender.choice, contender.timing.ratio) for contender in attempt.finalists]
+            bench = _corrected(bench, near, least=1.005)
         allowed |= {metric: min(allowed[metric], limits[metric] / max(off, 1.001)) for metric, off in missed.items()}
         fewer = replace(plan, trials=max(20, plan.trials // 4))
         try:
@@ -157,7 +162,7 @@ def _with_margin(bench: Workbench, limits: Mapping[Metric, float], *, finalists:
 
 
 def _aimed(bench: Workbench, limits: Mapping[Metric, float], progress: Progress) -> Workbench:
-    """The workbench, its table corrected by what models near the budget really take: the priors' own solutions.
+    """The workbench, its table fitted again with models near the budget: the priors' own solutions.
 
     The table is fitted to all widths alike; a search goes where it errs in the search's favour.
     """
@@ -169,7 +174,7 @@ def _aimed(bench: Workbench, limits: Mapping[Metric, float], progress: Progress)
     progress.phase("aim", len(choices))
     subject = bench.subject
 
-    def work() -> float:
+    def work() -> list[float]:
         stitcher = bench.stitcher
         models = [
             shape_only(subject.model, subject.anatomy, bench.space.options_of(choice), norms=stitcher.norms,
@@ -177,13 +182,18 @@ def _aimed(bench: Workbench, limits: Mapping[Metric, float], progress: Progress)
             for choice in choices
         ]  # fmt: skip
         _, timings = replace(bench.stopwatch, rounds=_AIM_ROUNDS).compare(models)
-        shares = [bench.costs.cost("latency", choice) / bench.costs.dense["latency"] for choice in choices]
-        return float(np.median([timing.ratio / share for timing, share in zip(timings, shares, strict=True)]))
+        return [timing.ratio for timing in timings]
 
-    off = bench.stages.timed("aim", work)
+    near = list(zip(choices, bench.stages.timed("aim", work), strict=True))
     progress.step(len(choices))
-    progress.note(f"near the budget latency is {off:.3f} x the prediction; the table is corrected")
-    return _corrected(bench, off)
+    progress.note(f"near the budget latency is {_off(bench, near):.3f} x the prediction; the table is fitted again")
+    return _corrected(bench, near)
+
+
+def _off(bench: Workbench, near: Sequence[tuple[Choice, float]]) -> float:
+    """Measured shares over predicted ones, the median of some choices."""
+    dense = bench.costs.dense["latency"]
+    return float(np.median([share * dense / bench.costs.cost("latency", choice) for choice, share in near]))
 
 
 def _sized(bench: Workbench, limits: Mapping[Metric, float]) -> dict[Metric, float]:
@@ -200,14 +210,21 @@ def _sized(bench: Workbench, limits: Mapping[Metric, float]) -> dict[Metric, flo
     return allowed
 
 
-def _corrected(bench: Workbench, off: float) -> Workbench:
-    """The same workbench with latency predicted `off` times as long."""
+def _corrected(bench: Workbench, near: Sequence[tuple[Choice, float]], *, least: float | None = None) -> Workbench:
+    """The same workbench, its table fitted again with models that were timed near the budget, and scaled by what is
+    then left of their error; by `least` at least.
+    """
     assert bench.table is not None
-    table = bench.table.model_copy(update={"correction": bench.table.correction * off})
-    costs = CostModel(
-        bench.costs.architecture, bench.space, table, storage=bench.costs.storage, memory=bench.costs.memory
-    )
-    return replace(bench, table=table, costs=costs)
+    before = bench.costs
+    table = refitted(bench.table, bench.space, before.architecture, near, seed=bench.subject.task.seed)
+
+    def with_table(table: LatencyTable) -> Workbench:
+        costs = CostModel(before.architecture, bench.space, table, storage=before.storage, memory=before.memory)
+        return replace(bench, table=table, costs=costs)
+
+    off = _off(with_table(table), near)
+    correction = off if least is None else max(off, least)
+    return with_table(table.model_copy(update={"correction": correction}))
 
 
 def _search(

@@ -19,7 +19,7 @@ from autoprune.core.target import Target
 from autoprune.core.unit import DROP, Option, Unit, keep_all
 from autoprune.profile.cost_model import CostModel
 from autoprune.profile.draw import draw
-from autoprune.profile.latency import Bench, measure_table
+from autoprune.profile.latency import Bench, measure_table, refitted
 from autoprune.progress import Silent
 
 STAGES, BLOCKS = (16, 32, 64), 3
@@ -237,3 +237,31 @@ def test_draws_show_every_block_dropped_and_every_width() -> None:
 def test_draws_do_not_run_out_of_a_small_space() -> None:
     small = Space(SPACE.entries[:2])
     assert len(draw(small, 1000, np.random.default_rng(0))) <= 16
+
+
+def test_models_near_a_budget_mend_the_table_where_it_errs() -> None:
+    """A machine that dislikes models with few blocks: nothing that is drawn says so in a form that features have."""
+    table = measured(FakeMachine(8))
+    slow = [choice for choice in draw(SPACE, 200, np.random.default_rng(0)) if blocks_left(choice) <= 5]
+    assert len(slow) >= 10
+
+    def share(choice: Choice) -> float:
+        return 1.2 * seconds(choice, 8) / seconds(SPACE.dense, 8)
+
+    def error(of: LatencyTable, choices: list[Choice]) -> float:
+        model = CostModel(ARCHITECTURE, SPACE, of)
+        predicted = [model.cost("latency", choice) / model.dense["latency"] for choice in choices]
+        return float(np.median([abs(p / share(c) - 1) for p, c in zip(predicted, choices, strict=True)]))
+
+    near, unseen = slow[: len(slow) // 2], slow[len(slow) // 2 :]
+    again = refitted(table, SPACE, ARCHITECTURE, [(choice, share(choice)) for choice in near], seed=0)
+    assert error(again, near) < 0.5 * error(table, near)
+    assert error(again, unseen) < 0.7 * error(table, unseen)
+    assert again.fitted_models == table.fitted_models + len(near)
+    assert LatencyTable.model_validate_json(again.model_dump_json()) == again
+
+
+def blocks_left(choice: Choice) -> int:
+    options = [entry.options[index] for entry, index in zip(SPACE.entries, choice, strict=True)]
+    kinds = [entry.unit.kind for entry in SPACE.entries]
+    return sum(kind == "block" and option != DROP for kind, option in zip(kinds, options, strict=True))

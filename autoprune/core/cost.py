@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
+from autoprune.core.unit import Form
+
 
 @dataclass(frozen=True, slots=True)
 class LayerBytes:
@@ -56,6 +58,19 @@ class TableCheck(BaseModel):
     worst_error: float
 
 
+class TimedModel(BaseModel):
+    """A whole model that was timed: for each unit of the space what it keeps and in which form, and the latency."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    keeps: tuple[int, ...]
+    forms: tuple[Form, ...]
+    share: float
+    """Of the dense model's."""
+    near: bool = False
+    """Whether it was near a budget, where a search goes, and not drawn at random."""
+
+
 class LatencyTable(BaseModel):
     """Latency of any choice on one target, as a share of the dense model's: `base + sum over layers`.
 
@@ -78,5 +93,7 @@ class LatencyTable(BaseModel):
     """The same step of layers that compute in integers."""
     seam: float = 0.0
     """What each place costs where layers in integers meet layers in floats."""
+    timed: tuple[TimedModel, ...] = ()
+    """What it was fitted to."""
     correction: float = 1.0
     """Factor learnt by verification: measured over predicted near the chosen policy."""

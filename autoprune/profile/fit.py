@@ -119,11 +119,15 @@ def _kind(layer: Layer) -> str:
     return f"{layer.kind} {layer.form}" if layer.form in ("integer", "2:4") else layer.kind
 
 
-def fit(designs: Sequence[Design], shares: Array, *, seed: int = 0) -> Fit:
-    """The best fit to measured `shares` (P,): block size and ridge by cross-validation over the models, then all."""
+def fit(designs: Sequence[Design], shares: Array, *, seed: int = 0, weights: Array | None = None) -> Fit:
+    """The best fit to measured `shares` (P,): block size and ridge by cross-validation over the models, then all.
+
+    `weights` (P,): how much each model's relative error counts; alike when not given.
+    """
+    trust = np.ones(len(shares)) if weights is None else weights
     tried = [(design, ridge) for design in designs for ridge in OWN_RIDGES]
-    best, ridge = min(tried, key=lambda one: _validation_error(one[0], one[1], shares, seed))
-    solution = _solve(best, ridge, best.rows, shares)
+    best, ridge = min(tried, key=lambda one: _validation_error(one[0], one[1], shares, trust, seed))
+    solution = _solve(best, ridge, best.rows, shares, trust)
     found = dict(zip(best.columns, solution[1:].tolist(), strict=True))
     coefficients = {}
     loads = dict(best.loads)
@@ -134,25 +138,25 @@ def fit(designs: Sequence[Design], shares: Array, *, seed: int = 0) -> Fit:
     return Fit(best.block, float(solution[0]), coefficients, best.integer_block, seam)
 
 
-def _solve(design: Design, own_ridge: float, rows: Array, shares: Array) -> Array:
+def _solve(design: Design, own_ridge: float, rows: Array, shares: Array, trust: Array) -> Array:
     """(1 + C,) base and coefficients >= 0 with least squared relative error, scaled so that the dense model is 1."""
     models = np.vstack([rows, design.dense])  # (P + 1, C)
-    weights = np.concatenate([1.0 / shares, [DENSE_WEIGHT]])
+    weights = np.concatenate([trust / shares, [DENSE_WEIGHT]])
     columns = np.column_stack([np.ones(len(models)), models])  # (P + 1, 1 + C)
     ridge = np.diag(np.sqrt(np.concatenate([[RIDGE], np.where(design.own, own_ridge, RIDGE)])))
-    target = np.concatenate([np.ones(len(shares)), [DENSE_WEIGHT], np.zeros(len(ridge))])
+    target = np.concatenate([trust, [DENSE_WEIGHT], np.zeros(len(ridge))])
     solution: NDArray[np.float64] = nnls(np.vstack([columns * weights[:, None], ridge]), target)[0]
     return solution / float(columns[-1] @ solution)
 
 
-def _validation_error(design: Design, own_ridge: float, shares: Array, seed: int) -> float:
+def _validation_error(design: Design, own_ridge: float, shares: Array, trust: Array, seed: int) -> float:
     folds = np.random.default_rng(seed).permutation(len(shares)) % _FOLDS
     errors = []
     for fold in range(_FOLDS):
         held = folds == fold
         if held.all() or not held.any():
             continue
-        solution = _solve(design, own_ridge, design.rows[~held], shares[~held])
+        solution = _solve(design, own_ridge, design.rows[~held], shares[~held], trust[~held])
         predicted = solution[0] + design.rows[held] @ solution[1:]
-        errors.extend(np.abs(predicted / shares[held] - 1.0).tolist())
+        errors.extend((trust[held] * np.abs(predicted / shares[held] - 1.0)).tolist())
     return float(np.mean(errors)) if errors else 0.0

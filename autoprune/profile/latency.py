@@ -14,15 +14,15 @@ import numpy as np
 from torch import Tensor, nn
 
 from autoprune.core.architecture import Architecture, LayerKind
-from autoprune.core.cost import LatencyTable, SignatureCost, TableCheck
+from autoprune.core.cost import LatencyTable, SignatureCost, TableCheck, TimedModel
 from autoprune.core.space import Choice, Space
 from autoprune.core.target import Target
 from autoprune.profile.clock import interleave
 from autoprune.profile.cost_model import CostModel
 from autoprune.profile.draw import draw
-from autoprune.profile.fit import BLOCKS, INTEGER_BLOCKS, Design, Fit, design, fit
+from autoprune.profile.fit import BLOCKS, INTEGER_BLOCKS, Fit, design, fit
 from autoprune.profile.seams import Seams
-from autoprune.profile.widths import Array, Choices, WidthMap
+from autoprune.profile.widths import FORMS, Array, Choices, WidthMap
 from autoprune.progress import Progress
 from autoprune.runtimes.base import Runtime, Session
 
@@ -35,6 +35,8 @@ CHUNK = 6
 _ROUNDS = 20
 _SECONDS_A_CHUNK, _SECONDS = 2.0, 10.0
 """Timing at most, of a chunk and of all: a slow model is timed less often."""
+_NEAR = 2.0
+"""How much the error of a model near a budget counts, to one that was drawn."""
 _FUSED: tuple[LayerKind, ...] = ("norm", "other")  # part of their neighbours' time
 
 
@@ -74,17 +76,9 @@ def measure_table(
     formed = any(layer.form != "float" for layer in architecture.layers)
     fitted, checked = _draw(space, MODELS_WITH_FORMS if formed else MODELS, check, seed)
     measured = _measure([*fitted, *checked], space.dense, bench, progress, seed)
-    if fitted:
-        integer = any(layer.form == "integer" for layer in architecture.layers)
-        designs = [
-            _design(fitted, space, architecture, widths, block=block, integer_block=of_integers)
-            for block in BLOCKS
-            for of_integers in (INTEGER_BLOCKS if integer else (1,))
-        ]
-        found = fit(designs, measured.shares[: len(fitted)], seed=seed)
-    else:
-        found = Fit(block=1, base=1.0, coefficients={})
-    unchecked = _table(found, key, measured.dense_s, len(fitted), TableCheck(models=0, median_error=0, worst_error=0))
+    timed = _timed(fitted, measured.shares[: len(fitted)], widths)
+    none = TableCheck(models=0, median_error=0, worst_error=0)
+    unchecked = _table(_fitted(timed, space, architecture, seed), timed, key, measured.dense_s, none)
     result = _check(CostModel(architecture, space, unchecked), checked, measured.shares[len(fitted) :])
     return unchecked.model_copy(update={"check": result})
 
@@ -108,19 +102,47 @@ def _corners(space: Space) -> list[Choice]:
     return [choice] if any(choice) else []
 
 
-def _design(
-    choices: Sequence[Choice],
-    space: Space,
-    architecture: Architecture,
-    widths: WidthMap,
-    *,
-    block: int,
-    integer_block: int,
-) -> Design:
-    timed = [None if layer.kind in _FUSED else layer for layer in architecture.layers]
-    rows = widths.at(_stack(choices))
+def refitted(
+    table: LatencyTable, space: Space, architecture: Architecture, near: Sequence[tuple[Choice, float]], *, seed: int
+) -> LatencyTable:
+    """The table fitted again with models that were timed near a budget, (choice, share of the dense latency), which
+    count more than those that were drawn. Its check stays what it was; what it had learnt as one factor is dropped.
+    """
+    choices, shares = [choice for choice, _ in near], np.asarray([share for _, share in near])
+    more = _timed(choices, shares, WidthMap.of(architecture, space), near=True)
+    timed = (*table.timed, *more)
+    return _table(_fitted(timed, space, architecture, seed), timed, table.key, table.dense_s, table.check)
+
+
+def _timed(choices: Sequence[Choice], shares: Array, widths: WidthMap, *, near: bool = False) -> tuple[TimedModel, ...]:
+    rows = widths.normal(_stack(choices)) if choices else np.zeros((0, len(widths.keeps)), dtype=np.int64)
+    units = np.arange(len(widths.keeps))
+    return tuple(
+        TimedModel(
+            keeps=tuple(int(keep) for keep in widths.keeps[units, row]),
+            forms=tuple(FORMS[form] for form in widths.forms[units, row]), share=float(share), near=near,
+        )
+        for row, share in zip(rows, shares, strict=True)
+    )  # fmt: skip
+
+
+def _fitted(timed: Sequence[TimedModel], space: Space, architecture: Architecture, seed: int) -> Fit:
+    if not timed:
+        return Fit(block=1, base=1.0, coefficients={})
+    widths = WidthMap.of(architecture, space)
+    layers = [None if layer.kind in _FUSED else layer for layer in architecture.layers]
+    kept = np.asarray([one.keeps for one in timed], dtype=np.float64)
+    forms = np.asarray([[FORMS.index(form) for form in one.forms] for one in timed], dtype=np.intp)
+    rows, dense = widths.of_kept(kept, forms), widths.at(_stack([space.dense]))
     seams = Seams.of(architecture).count(rows)
-    return design(rows, widths.at(_stack([space.dense])), timed, block, integer_block=integer_block, seams=seams)
+    integer = any(layer.form == "integer" for layer in architecture.layers)
+    designs = [
+        design(rows, dense, layers, block, integer_block=of_integers, seams=seams)
+        for block in BLOCKS
+        for of_integers in (INTEGER_BLOCKS if integer else (1,))
+    ]
+    trust = np.asarray([_NEAR if one.near else 1.0 for one in timed])
+    return fit(designs, np.asarray([one.share for one in timed]), seed=seed, weights=trust)
 
 
 def _measure(choices: Sequence[Choice], dense: Choice, bench: Bench, progress: Progress, seed: int) -> _Measured:
@@ -145,7 +167,9 @@ def _load(choice: Choice, bench: Bench) -> Session:
     return bench.runtime.load(bench.build(choice), bench.example, bench.target)
 
 
-def _table(found: Fit, key: str, dense_s: float, models: int, check: TableCheck) -> LatencyTable:
+def _table(
+    found: Fit, timed: tuple[TimedModel, ...], key: str, dense_s: float, check: TableCheck
+) -> LatencyTable:  # fmt: skip
     prices: dict[str, dict[str, float]] = {}
     for (signature, feature), coefficient in found.coefficients.items():
         if coefficient > 0:
@@ -157,9 +181,10 @@ def _table(found: Fit, key: str, dense_s: float, models: int, check: TableCheck)
         channel_block=found.block,
         integer_block=found.integer_block,
         signatures=tuple(SignatureCost(signature=name, coefficients=prices[name]) for name in sorted(prices)),
-        fitted_models=models,
+        fitted_models=len(timed),
         check=check,
         seam=found.seam,
+        timed=timed,
     )
 
 

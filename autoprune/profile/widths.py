@@ -13,7 +13,7 @@ from autoprune.core.architecture import Architecture, Width
 from autoprune.core.space import Choice, Space
 from autoprune.core.unit import Form
 
-_FORMS: tuple[Form, ...] = get_args(Form)
+FORMS: tuple[Form, ...] = get_args(Form)
 
 Choices = NDArray[np.int64]  # (P, U) option indices
 Array = NDArray[np.float64]
@@ -67,7 +67,7 @@ class WidthMap:
                 [-1 if layer.unit is None else space.names.index(layer.unit) for layer in architecture.layers],
                 dtype=np.intp,
             ),
-            layer_form=np.asarray([_FORMS.index(layer.form) for layer in architecture.layers], dtype=np.intp),
+            layer_form=np.asarray([FORMS.index(layer.form) for layer in architecture.layers], dtype=np.intp),
         )
 
     def moot(self, choices: Choices) -> NDArray[np.bool_]:
@@ -84,12 +84,15 @@ class WidthMap:
     def at(self, choices: Choices) -> Widths:
         """Widths of all layers for `choices` of shape (P, U)."""
         normal, units = self.normal(choices), np.arange(len(self.keeps))
-        kept = self.keeps[units, normal]  # (P, U)
+        return self.of_kept(self.keeps[units, normal], self.forms[units, normal])
+
+    def of_kept(self, kept: Array, forms: NDArray[np.intp]) -> Widths:
+        """The same for what each unit keeps, and the form it gives, both (P, U)."""
         removers = (kept == 0).astype(np.float64) @ self.removes  # (P, L) how many dropped blocks hold the layer
         return Widths(
             inputs=self.input_fixed + kept @ self.input_times,
             outputs=self.output_fixed + kept @ self.output_times,
-            present=((removers == 0) & self._formed(self.forms[units, normal])).astype(np.float64),
+            present=((removers == 0) & self._formed(forms)).astype(np.float64),
         )
 
     def _formed(self, forms: NDArray[np.intp]) -> NDArray[np.bool_]:
@@ -118,7 +121,7 @@ def _forms(architecture: Architecture, space: Space) -> NDArray[np.intp]:
     """(U, O) the form that each option gives its unit's layer; `float` where the architecture does not know it."""
     known = {(layer.unit, layer.form) for layer in architecture.layers}
     rows = [
-        [_FORMS.index(option.form if (entry.unit.name, option.form) in known else "float") for option in entry.options]
+        [FORMS.index(option.form if (entry.unit.name, option.form) in known else "float") for option in entry.options]
         for entry in space.entries
     ]
     return _padded(rows).astype(np.intp)
