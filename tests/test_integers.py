@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import IMAGE, Residual, data_of, randomised
+from test_low_rank import module_at
 from test_weights import bench_of, logits
 from torch import Tensor, nn
 
@@ -194,6 +195,22 @@ def test_search_yaml_apply_and_back(tmp_path: Path) -> None:
     applied = api.apply(outcome.folder / "policy.yaml", subject)
     inputs = torch.randn(16, *IMAGE)
     torch.testing.assert_close(logits(applied.model, inputs), logits(outcome.model, inputs), rtol=0, atol=1e-4)
+    written = api.write_model(
+        applied, example=subject.example, factory="networks.py:Residual", source=Path(__file__).parent,
+        folder=tmp_path / "out", progress=Silent(),
+    )  # fmt: skip
+    assert set(written) == {"state dict", "packed", "rebuild script", "onnx", "torch.export"}
+    rebuilt = module_at(written["rebuild script"]).model()
+    torch.testing.assert_close(logits(rebuilt, inputs), logits(outcome.model, inputs), rtol=0, atol=1e-4)
+    program = torch.export.load(written["torch.export"]).module()
+    torch.testing.assert_close(program(inputs), logits(outcome.model, inputs), rtol=0, atol=1e-4)
+    content = written["onnx"].read_bytes()
+    assert len(content) == outcome.record.chosen.size_bytes
+    kinds = [tensor.data_type for tensor in onnx.load_from_string(content).graph.initializer]
+    assert kinds.count(onnx.TensorProto.INT8) == len(policy.units)
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    got = torch.from_numpy(session.run(None, {"input": inputs.numpy()})[0])
+    assert float((got - logits(outcome.model, inputs)).abs().mean()) < 0.1
     side = outcome.folder / "policy.safetensors"
     tensors = safetensors.torch.load_file(side)
     name = next(name for name in tensors if name.startswith("grids/"))

@@ -41,6 +41,9 @@ class Grid:
 
     def rounded(self, values: Tensor) -> Tensor:
         """The nearest values of the grid; those beyond it are clipped."""
+        if torch.compiler.is_exporting():  # torch.export has no such operator for a free batch
+            codes = torch.round(values * (1 / self.scale) + self.zero).clamp(0, LEVELS)
+            return (codes - self.zero) * self.scale
         return torch.fake_quantize_per_tensor_affine(values, self.scale, self.zero, 0, LEVELS)
 
 

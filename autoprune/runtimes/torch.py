@@ -83,11 +83,12 @@ class TorchRuntime:
 
     def save(self, model: nn.Module, example: Tensor, path: Path) -> None:
         """Write a `torch.export` archive (.pt2), its batch free where the model allows. Whole or not at all."""
-        frozen = copy.deepcopy(model).cpu().eval()
+        frozen = copy.deepcopy(model).cpu().eval().requires_grad_(False)
         # torch.export takes a batch of one for a constant, so a free batch is traced with two.
         inputs = torch.cat([example, example]).detach().cpu()
         try:
-            program = torch.export.export(frozen, (inputs,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+            with torch.no_grad():
+                program = torch.export.export(frozen, (inputs,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
         except Exception as error:
             raise TargetError(f"torch: torch.export cannot take the model ({cause(error)})") from error
         with whole(path) as temporary:
