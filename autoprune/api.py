@@ -21,7 +21,7 @@ from autoprune.core.target import Target
 from autoprune.core.unit import SizeOf
 from autoprune.costing import Stages, measured_costs
 from autoprune.data import as_data
-from autoprune.errors import BudgetError, MissedError
+from autoprune.errors import BudgetError, ConfigError, MissedError
 from autoprune.evaluators import evaluator
 from autoprune.evaluators.base import Evaluator
 from autoprune.evaluators.function import Function
@@ -105,6 +105,10 @@ def search(  # noqa: PLR0913 (one flat, keyword-only door, like the configuratio
         spec.model_copy(update={"protect": (*spec.protect, *protect)}),
         None if example is None else tuple(example.shape[1:]), seed, size,
     )  # fmt: skip
+    if min_accuracy is not None and not task.evaluator.higher_is_better:
+        raise ConfigError(
+            f"min_accuracy is for metrics where more is better; with {task.evaluator.name} give a budget or max_drop"
+        )
     floor = Floor(
         None if max_drop is None else parse_fraction(max_drop, key="max_drop"),
         None if min_accuracy is None else parse_fraction(min_accuracy, key="min_accuracy"),

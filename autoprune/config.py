@@ -24,7 +24,8 @@ from autoprune.problems import given, problems_of
 
 FILE_NAME = "autoprune.yaml"
 RUN_FILE = "run.json"
-METRICS = ("top1", "top5", "mse")
+LOWER_IS_BETTER = ("mse", "mae", "perplexity")
+METRICS = ("top1", "top5", "miou", "miou_image", "map", "psnr", *LOWER_IS_BETTER)
 DEMO_MODEL = "autoprune.demo.network:model"
 DEMO_DATA = "autoprune.demo.data:data"
 DEMO_SECONDS = 15.0
@@ -164,7 +165,7 @@ class Config(_Section):
     weights: str | None = Field(default=None, min_length=1, description="State dict to load: .safetensors, or .pt.")
     data: Factory = Field(description="Function without arguments that returns calibration and validation data.")
     metric: Annotated[str, BeforeValidator(_metric)] = Field(
-        default="top1", description="top1, top5, mse or a function."
+        default="top1", description=f"{', '.join(METRICS)} or a function."
     )
     higher_is_better: StrictBool = Field(default=True, description="Sense of a metric that is a function.")
     target: TargetConfig = Field(default_factory=TargetConfig)
@@ -193,8 +194,10 @@ class Config(_Section):
     def _metric_sense(self) -> Config:
         if self.metric in METRICS and "higher_is_better" in self.model_fields_set:
             raise ValueError(f"higher_is_better is for a metric that is a function; {self.metric} has its own sense")
-        if self.metric == "mse" and self.min_accuracy is not None:
-            raise ValueError("min_accuracy is for metrics where more is better; with mse give a budget or max_drop")
+        if self.metric in LOWER_IS_BETTER and self.min_accuracy is not None:
+            raise ValueError(
+                f"min_accuracy is for metrics where more is better; with {self.metric} give a budget or max_drop"
+            )
         return self
 
     @property
@@ -205,7 +208,7 @@ class Config(_Section):
     @property
     def metric_higher_is_better(self) -> bool:
         """The sense of the metric, built-in or not."""
-        return self.higher_is_better and self.metric != "mse"
+        return self.higher_is_better and self.metric not in LOWER_IS_BETTER
 
 
 def load_config(path: Path | None, overrides: Mapping[str, object], *, goal: bool = True) -> Config:

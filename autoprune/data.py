@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from autoprune.errors import DataError
+from autoprune.nest import tensors_of
 
 MAX_CALIBRATION = 2048
 SPLIT_SEED = 0
@@ -29,7 +30,9 @@ _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """Samples first: inputs (samples, ...) float32, targets (samples, ...) int64 or float32."""
+    """Samples first: inputs (samples, ...) float32 or tokens (samples, tokens) int64, targets (samples, ...) int64 or
+    float32.
+    """
 
     calibration_inputs: Tensor
     calibration_targets: Tensor | None
@@ -100,9 +103,10 @@ def check_fits(model: nn.Module, data: Data) -> None:
     finally:
         for module in training:
             module.training = True
-    first = output[0] if isinstance(output, tuple | list) and output else output
-    if not isinstance(first, Tensor):
-        raise DataError(f"the model returns {_kind(output)}; it must return a tensor (or a tuple whose first is one)")
+    found = tensors_of(output)
+    if not found:
+        raise DataError(f"the model returns {_kind(output)}; it must return a tensor (or a tuple or dict of tensors)")
+    first = found[0]
     if not bool(torch.isfinite(first).all()):
         raise DataError("the model's output for the first validation sample is not finite (NaN or infinity)")
     _check_labels(first, data.validation_targets)
@@ -134,10 +138,14 @@ def _read(source: object, part: str, *, limit: int | None) -> tuple[Tensor, Tens
         raise DataError(f"{part}: inputs have shape {tuple(inputs.shape)}; they must be (samples, ...)")
     if inputs.shape[0] == 0:
         raise DataError(f"{part}: there are no samples")
-    if inputs.dtype not in _FLOATS:
-        raise DataError(f"{part}: inputs are {inputs.dtype}; give float32, normalised as in training")
-    inputs = inputs.to(torch.float32)
-    _check_finite(inputs, f"{part}: inputs")
+    if inputs.dtype != torch.int64 or inputs.ndim != 2:  # not tokens
+        if inputs.dtype not in _FLOATS:
+            raise DataError(
+                f"{part}: inputs are {inputs.dtype}; give float32, normalised as in training, or tokens "
+                "(samples, tokens) int64"
+            )
+        inputs = inputs.to(torch.float32)
+        _check_finite(inputs, f"{part}: inputs")
     if targets is None:
         return inputs[:limit], None
     if targets.ndim < 1 or targets.shape[0] != inputs.shape[0]:

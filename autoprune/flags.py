@@ -31,7 +31,7 @@ FLAGS = (
     Flag("model", ("--model",), str, "Function that returns the trained model: file.py:function."),
     Flag("weights", ("--weights",), str, "State dict to load into it (.safetensors or .pt)."),
     Flag("data", ("--data",), str, "Function that returns the data: file.py:function."),
-    Flag("metric", ("--metric",), str, "top1, top5, mse, or file.py:function."),
+    Flag("metric", ("--metric",), str, "top1, top5, miou, psnr, mse, perplexity, ..., or file.py:function."),
     Flag("higher_is_better", ("--higher-is-better/--lower-is-better",), bool, "Sense of a metric that is a function."),
     Flag("budget", ("--budget", "-b"), list[str], "5ms, 50%, 2x, 300MMACs, 2MB; 3ms,5ms: a family; repeat to combine."),
     Flag(

@@ -23,7 +23,7 @@ model: model.py:model
 # A function without arguments that returns {"calibration": ..., "validation": ...}.
 data: model.py:data
 
-# What "accuracy" is: top1, top5, mse, or your own "file.py:function".
+# What "accuracy" is: top1, top5, miou, miou_image, map, psnr, mse, mae, perplexity, or your own "file.py:function".
 metric: top1
 # higher_is_better: true       # for your own function
 

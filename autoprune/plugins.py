@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
 from typing import TypeVar, cast
 
 from autoprune.errors import ConfigError, near_miss
@@ -31,6 +32,18 @@ def resolve(kind: str, name: str, builtins: Mapping[str, Callable[[], T]]) -> T:
         f"{kind}: unknown {kind} {name!r}; {near_miss(name, known)} There is: {', '.join(known) or 'none'}; "
         f"or name your own as 'module:Name'"
     )
+
+
+def optional(module: str, *, needed_by: str, extra: str) -> ModuleType:
+    """The module of an optional package. Raises ConfigError that says which of our extras brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ConfigError(
+            f"{needed_by} needs the package {package}, which cannot be imported ({error}); "
+            f"pip install 'autoprune[{extra}]', or pip install {package}"
+        ) from error
 
 
 def _made(found: object) -> object:

@@ -9,13 +9,14 @@ Plain asserts, so that importing this needs no test framework. What a plug-in co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from autoprune.errors import DataError
-from autoprune.evaluators.base import Evaluator
+from autoprune.evaluators.base import Evaluator, Pooled
 from autoprune.methods.base import Activity, Consumer, Method, Need, UnitView
 
 NEEDS: tuple[Need, ...] = ("moments", "activity", "gradients")
@@ -202,6 +203,15 @@ class EvaluatorContract:
         whole = evaluator.per_sample(outputs, targets)
         parts = [evaluator.per_sample(outputs[part], targets[part]) for part in (slice(0, 3), slice(3, None))]
         assert torch.allclose(whole, torch.cat(parts)), "values depend on the other samples of the batch"
+
+    def test_the_total_of_one_sample_is_its_value(self) -> None:
+        """Where the metric is not the mean over samples, it is a finite number, and one sample's is that sample's."""
+        outputs, targets = self.example()
+        evaluator = self.make()
+        if isinstance(evaluator, Pooled):
+            whole, one = evaluator.total(outputs, targets), evaluator.total(outputs[:1], targets[:1])
+            assert math.isfinite(whole), f"the total is {whole}"
+            assert math.isclose(one, float(evaluator.per_sample(outputs[:1], targets[:1])), abs_tol=1e-9)
 
     def test_sample_counts_that_differ_are_an_error(self) -> None:
         """A DataError, not a silent broadcast."""

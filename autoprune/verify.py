@@ -17,7 +17,9 @@ from autoprune.core.budget import Metric
 from autoprune.core.policy import LatencyRecord, Measured, ScoreRecord
 from autoprune.core.target import Target
 from autoprune.data import Part
-from autoprune.evaluators.base import Evaluator
+from autoprune.evaluators.base import Evaluator, Pooled
+from autoprune.evaluators.function import Function
+from autoprune.nest import first_tensor
 from autoprune.profile.clock import Timing, interleave
 from autoprune.runtimes.base import Runtime, Session
 from autoprune.searching.scorer import outputs_of
@@ -59,7 +61,7 @@ class Stopwatch:
         """Largest difference between the runtime's output and torch's, over the largest output."""
         session = self.runtime.load(model, self.example, self.target)
         with torch.no_grad():
-            wanted = outputs_of(model, [self.example])
+            wanted = first_tensor(outputs_of(model, [self.example]))
         got = torch.from_numpy(session.run(self.example.numpy()))
         return float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6))
 
@@ -81,10 +83,16 @@ def latency_record(timing: Timing, *, reference_s: float | None = None) -> Laten
 
 def score(model: nn.Module, evaluator: Evaluator, part: Part, *, batch: int) -> ScoreRecord:
     """The metric on `part`, with its standard error."""
-    outputs = outputs_of(model, torch.split(part.inputs, batch))
-    values = evaluator.per_sample(outputs, part.targets)
+    returned = outputs_of(model, torch.split(part.inputs, batch))
+    if isinstance(evaluator, Function):
+        values = evaluator.per_sample(returned, part.targets)
+        value = float(values.mean())
+    else:
+        outputs = first_tensor(returned)
+        values = evaluator.per_sample(outputs, part.targets)
+        value = evaluator.total(outputs, part.targets) if isinstance(evaluator, Pooled) else float(values.mean())
     spread = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return ScoreRecord(value=round(float(values.mean()), 6), n=len(values), stderr=round(spread, 6))
+    return ScoreRecord(value=round(value, 6), n=len(values), stderr=round(spread, 6))
 
 
 def size_bytes(model: nn.Module) -> int:

@@ -24,11 +24,12 @@ from autoprune.core.cost import LatencyTable
 from autoprune.core.space import Space
 from autoprune.costing import Stages, arithmetic_of
 from autoprune.errors import TargetError
-from autoprune.evaluators.divergence import DivergenceKind
+from autoprune.evaluators.divergence import class_dim
 from autoprune.methods import method
 from autoprune.model.fingerprint import of_tensors, of_text
 from autoprune.model.flow import norms_after
 from autoprune.model.recalibrate import Anchor
+from autoprune.nest import first_tensor
 from autoprune.profile.cost_model import CostModel
 from autoprune.profile.forms import with_forms
 from autoprune.progress import Progress
@@ -73,12 +74,12 @@ def prepare(
     task, model = subject.task, subject.model
     samples = subject.samples
     batches = batches_of(subject, task.data.calibration_inputs[: samples.calibrate])
-    kind: DivergenceKind = "mse" if task.data.validation_targets.is_floating_point() else "kl"
     bank, key = stages.timed("bank", lambda: _bank(subject, batches, folder, progress))
     anchor = Anchor.of(model, batches_of(subject, task.data.calibration_inputs[: samples.recalibrate]))
     arithmetic = arithmetic_of(subject, space, folder, progress)
     stitcher = Stitcher(model, subject.anatomy, bank, anchor=anchor, arithmetic=arithmetic)
-    selection = Selection.of(model, batches_of(subject, subject.parts.selection.inputs), kind)
+    chosen_by = subject.parts.selection
+    selection = Selection.of(model, batches_of(subject, chosen_by.inputs), chosen_by.targets)
     space = _ranked_only(space, bank, stitcher, progress)
     architecture = with_forms(subject.anatomy.architecture, space, runtime(task.target.runtime).forms(task.target))
     files = _file_format(subject, bank.norms, progress)
@@ -160,14 +161,12 @@ def _classes(subject: Subject, batches: Sequence[Tensor]) -> tuple[Tensor, ...]:
     given = subject.task.data.calibration_targets
     if given is not None:
         return torch.split(given[: subject.samples.calibrate], subject.batch)
-    answers = []
+    wanted = subject.task.data.validation_targets
     with torch.no_grad():
-        for batch in batches:
-            output = subject.model(batch)
-            output = output[0] if isinstance(output, (tuple, list)) else output
-            regression = subject.task.data.validation_targets.is_floating_point()
-            answers.append(output if regression else output.argmax(1))
-    return tuple(answers)
+        outputs = [first_tensor(subject.model(batch)) for batch in batches]
+    return tuple(
+        output if wanted.is_floating_point() else output.argmax(class_dim(output, wanted)) for output in outputs
+    )
 
 
 def _ranked_only(space: Space, bank: Bank, stitcher: Stitcher, progress: Progress) -> Space:
@@ -192,8 +191,8 @@ def _priors(
     progress: Progress,
 ) -> dict[str, Harms]:  # fmt: skip
     """Additive harm of every option by each prior, kept beside the bank."""
-    data = of_tensors([("x", subject.parts.selection.inputs)])
-    key = of_text(key, space, data, subject.samples, "priors 2")
+    data = of_tensors([("x", subject.parts.selection.inputs), ("y", subject.parts.selection.targets)])
+    key = of_text(key, space, data, subject.samples, "priors 3")
     path = folder / "bank" / f"priors-{key[:16]}.safetensors"
     stored = store.load_tensors(path, key=key)
     count = subject.samples.probe
@@ -204,9 +203,7 @@ def _priors(
         space, stitcher.bank, subject.model, anatomy=subject.anatomy, editor=stitcher.editor
     )
     if count:
-        few = Selection(
-            batches_of(subject, subject.parts.selection.inputs[:count]), selection.dense[:count], selection.kind
-        )
+        few = selection.first(batches_of(subject, subject.parts.selection.inputs[:count]))
         small = Anchor.of(subject.model, batches_of(subject, subject.task.data.calibration_inputs[:count]))
         probe = Stitcher(subject.model, subject.anatomy, stitcher.bank, anchor=small, arithmetic=stitcher.arithmetic)
         shape = priors["reconstruction"]

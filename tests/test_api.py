@@ -24,15 +24,17 @@ from autoprune import api
 from autoprune.config import Config, load_config, load_run
 from autoprune.core.budget import Metric, parse_budgets
 from autoprune.core.target import Target
-from autoprune.errors import AutopruneError, BudgetError, MissedError, PolicyError
+from autoprune.errors import AutopruneError, BudgetError, ConfigError, MissedError, PolicyError
 from autoprune.files import read_policy, write_policy
 from autoprune.goal import Plan
 from autoprune.loading import load_factory
 from autoprune.model.describe import macs_of
 from autoprune.model.flow import norms_after
+from autoprune.nest import tensors_of
 from autoprune.progress import Silent
 from autoprune.storage import FLOATS, onnx_file
 from autoprune.verify import Stopwatch, params
+from autoprune.windows import windows
 
 torch.set_num_threads(1)
 
@@ -196,6 +198,70 @@ def test_a_regression_by_its_squared_error(tmp_path: Path) -> None:
         wanted = model(inputs)
     outcome = searched(model, tmp_path, calibration=inputs[:100], validation=(inputs[100:], wanted[100:]), metric="mse")
     assert_within(outcome, model, "50%macs")
+    assert not outcome.record.higher_is_better
+
+
+def test_min_accuracy_is_for_metrics_where_more_is_better(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="with mae give a budget or max_drop"):
+        searched(randomised(Vgg()), tmp_path, metric="mae", min_accuracy=0.5)
+
+
+class Segmenter(nn.Module):
+    """Two maps of logits and the features between them, in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.head, self.early = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> dict[str, object]:
+        early = torch.relu(self.first(x))
+        late = torch.relu(self.second(early))
+        return {"out": self.head(late), "more": [self.early(early), late]}
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
+def test_a_segmentation_that_returns_a_dict(tmp_path: Path, runtime: str) -> None:
+    torch.manual_seed(0)
+    model, inputs = Segmenter().eval(), torch.randn(120, *IMAGE)
+    with torch.no_grad():
+        wanted = torch.cat([model(part)["out"] for part in inputs.split(40)]).argmax(1)
+    wanted[:, 0] = 255  # not to be counted
+    outcome = searched(
+        model, tmp_path, runtime=runtime, calibration=(inputs[:60], wanted[:60]),
+        validation=(inputs[60:], wanted[60:]), metric="miou",
+    )  # fmt: skip
+    assert outcome.record.dense.score is not None
+    assert (outcome.record.dense.score.value, outcome.record.chosen.macs < outcome.record.dense.macs) == (1.0, True)
+    shapes = {tuple(tensor.shape[1:]) for tensor in tensors_of(outcome.model(inputs[:2]))}
+    assert shapes == {tuple(tensor.shape[1:]) for tensor in tensors_of(model(inputs[:2]))}  # features stay whole
+
+
+class Language(nn.Module):
+    """The next token from this one alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.look_up = nn.Embedding(20, 16)
+        self.widen, self.narrow, self.head = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 20)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.look_up(tokens)  # (samples, tokens, 16)
+        logits: Tensor = self.head(x + self.narrow(torch.relu(self.widen(x))))
+        return logits
+
+
+def test_a_language_model_by_its_perplexity(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs, targets = windows(torch.randint(20, (900,)), length=8, stride=4)
+    outcome = searched(
+        Language().eval(), tmp_path, "70%macs", runtime="onnxruntime", calibration=inputs[:90],
+        validation=(inputs[90:], targets[90:]), metric="perplexity",
+    )  # fmt: skip
+    assert outcome.record.chosen.macs < outcome.record.dense.macs
+    assert outcome.record.chosen.score is not None
+    assert 10 < outcome.record.chosen.score.value < 60  # chance is 20
     assert not outcome.record.higher_is_better
 
 

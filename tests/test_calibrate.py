@@ -207,6 +207,27 @@ def test_a_layer_too_wide_keeps_its_diagonal() -> None:
     assert torch.allclose(statistics["2"].diagonal, whole["2"].diagonal)
 
 
+def test_gradients_of_tokens_equal_those_of_their_vectors() -> None:
+    torch.manual_seed(0)
+    vectors, body = nn.Embedding(9, 6), nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 9))
+    tokens, wanted = torch.randint(9, (8, 4)), torch.randint(9, (8, 4))
+    wanted[:, 0] = -100  # context: not to be counted
+
+    def of(model: nn.Module, layers: list[str], inputs: Tensor) -> list[LayerStatistics]:
+        found = calibrate(model, layers, batches=(inputs,), targets=(wanted,), settings=ALL, progress=Silent())
+        return [found[layer] for layer in layers]
+
+    with torch.no_grad():
+        looked_up = vectors(tokens)
+    one = of(nn.Sequential(vectors, body), ["1.0", "1.2"], tokens)
+    other = of(body, ["0", "2"], looked_up)
+    for mine, theirs in zip(one, other, strict=True):
+        assert float(mine.taylor.abs().min()) > 0
+        torch.testing.assert_close(mine.taylor, theirs.taylor)
+        torch.testing.assert_close(mine.output_fisher, theirs.output_fisher)
+    assert vectors.weight.grad is None
+
+
 def test_repeats_bit_for_bit() -> None:
     model = CASES["vgg"].model()
     settings = CalibrationSettings(patches=60, movement=True)

@@ -114,7 +114,14 @@ def test_one_sample_is_run_through_the_model() -> None:
     with pytest.raises(DataError, match="labels go from 0 to 3, but the model has 2 outputs"):
         check_fits(nn.Linear(3, 2), data)
     with pytest.raises(DataError, match="must return a tensor"):
+        check_fits(Text(), data)
+    with pytest.raises(DataError, match="but the model has 3 outputs"):
         check_fits(Dictionary(), data)
+
+
+class Text(nn.Module):
+    def forward(self, x: Tensor) -> str:
+        return "cat"
 
 
 class Dictionary(nn.Module):
@@ -145,3 +152,11 @@ def test_split_leaves_regression_alone_and_needs_two() -> None:
         split(as_data(X, (X[:1], Y[:1])))
     small = split(as_data(X, (X[:2], torch.tensor([1, 1]))))
     assert (len(small.selection), len(small.held_out)) == (1, 1)
+
+
+def test_tokens_stay_integers() -> None:
+    tokens = torch.arange(12).reshape(4, 3)
+    data = as_data(tokens, (tokens, tokens))
+    assert (data.calibration_inputs.dtype, data.validation_inputs.dtype) == (torch.int64, torch.int64)
+    with pytest.raises(DataError, match=r"torch\.int64; give float32.*or tokens \(samples, tokens\) int64"):
+        as_data(torch.zeros(4, 3, 8, 8, dtype=torch.int64), (tokens, tokens))

@@ -39,7 +39,7 @@ def before_and_after(
     mine = snapshot(bench.subject.model)
     batches = torch.split(bench.subject.task.data.calibration_inputs, 128)
     reference = Reference.of(bench.subject.model, batches, blocks=bench.subject.anatomy.blocks)
-    selection = Selection.of(bench.subject.model, batches, "kl")
+    selection = Selection.of(bench.subject.model, batches, torch.zeros(0, dtype=torch.int64))
     bare = replace(bench.bank, runs={})  # without what the bank does for dropped blocks: refitting alone is tested here
     stitcher = Stitcher(bench.subject.model, bench.subject.anatomy, bare, anchor=bench.stitcher.anchor)
     candidate = stitcher.build(half_of_all(bench) if options is None else options)

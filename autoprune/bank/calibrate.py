@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from autoprune.bank.movement import loss_of, movement
 from autoprune.bank.patches import columns, positions_of, sampled_patches
 from autoprune.model.observe import calls, watching
+from autoprune.nest import first_tensor
 from autoprune.progress import Progress
 
 _GRADIENT_BATCH = 32
@@ -194,13 +195,14 @@ def _gradients(
                 tensor.register_hook(see)  # type: ignore[no-untyped-call]
 
     hooks = {name: (lambda x, y, name=name: hold(name, x, y)) for name in layers}
+    # Tokens have no gradient: what is looked up for them begins the graph.
+    tokens = {name: _begin_graph for name, module in modules.items() if isinstance(module, nn.Embedding)}
     few = torch.split(torch.cat(tuple(batches))[:limit], _GRADIENT_BATCH)
     wanted_of = torch.split(torch.cat(tuple(targets))[:limit], _GRADIENT_BATCH)
-    with _differentiable(model), watching(model, hooks):
+    with _differentiable(model), watching(model, {**tokens, **hooks}):
         for batch, wanted in zip(few, wanted_of, strict=True):
             floating = batch.clone().requires_grad_() if batch.is_floating_point() else batch
-            outputs = model(floating)
-            loss = loss_of(outputs[0] if isinstance(outputs, (tuple, list)) else outputs, wanted)
+            loss = loss_of(first_tensor(model(floating)), wanted)
             loss.backward()  # type: ignore[no-untyped-call]
     shown = {call.name: call for call in calls(model, batches[0][:1])}
     return {
@@ -210,6 +212,10 @@ def _gradients(
         )
         for name, (taylor, fisher) in sums.items()
     }
+
+
+def _begin_graph(_tokens: Tensor, vectors: Tensor) -> Tensor:
+    return vectors.requires_grad_()
 
 
 def _taylor(layer: nn.Module, inputs: Tensor, gradient: Tensor) -> Tensor:

@@ -11,8 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autoprune.errors import DataError
+from autoprune.evaluators.divergence import class_dim
 from autoprune.model.coupling import is_matrix
+from autoprune.nest import first_tensor
 
+_NO_CLASS = -100
+"""What torch's cross-entropy leaves out."""
 _STEPS = 32
 _BATCH = 32
 _RATE = 1e-3
@@ -21,9 +25,14 @@ _LONGEST_STEP = 1.0
 
 
 def loss_of(outputs: Tensor, wanted: Tensor) -> Tensor:
-    """Cross-entropy for classes (int64; logits have them in dimension 1), else the squared error; summed."""
+    """Cross-entropy for classes (int64; `class_dim` says where logits have them), else the squared error; summed.
+
+    Labels that are no class are left out: they are what data sets mark as not to be counted (255, -100).
+    """
     if wanted.dtype == torch.int64:
-        return functional.cross_entropy(outputs, wanted, reduction="sum")
+        logits = outputs.movedim(class_dim(outputs, wanted), 1)
+        counted = (wanted >= 0) & (wanted < logits.shape[1])
+        return functional.cross_entropy(logits, torch.where(counted, wanted, _NO_CLASS), reduction="sum")
     return (outputs - wanted.view_as(outputs)).square().sum()
 
 
@@ -43,8 +52,7 @@ def movement(
     inputs = torch.split(torch.cat(tuple(batches))[: _STEPS * _BATCH], _BATCH)
     wanted = torch.split(torch.cat(tuple(targets))[: _STEPS * _BATCH], _BATCH)
     for some, classes in itertools.islice(itertools.cycle(zip(inputs, wanted, strict=True)), _STEPS):
-        outputs = tuned(some)
-        loss = loss_of(outputs[0] if isinstance(outputs, (tuple, list)) else outputs, classes) / len(some)
+        loss = loss_of(first_tensor(tuned(some)), classes) / len(some)
         if not bool(loss.isfinite()):
             raise DataError("method movement: the loss of its short fine-tune is not finite; leave the method out")
         optimiser.zero_grad()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from autoprune.model.coupling import is_matrix
 from autoprune.model.integers import Arithmetic, Grid
 from autoprune.model.observe import watching
+from autoprune.nest import first_tensor
 from autoprune.progress import Progress
 
 _VALUES = 2**15
@@ -67,14 +68,8 @@ def _grid(values: Tensor) -> Grid:
 
 def _rectified(model: nn.Module, tails: Sequence[str], example: Tensor) -> Iterator[str]:
     """Those of `tails` whose negative outputs change nothing."""
-    wanted = _first(model(example))
+    wanted = first_tensor(model(example))
     for tail in tails:
         with watching(model, {tail: lambda _x, y: y.clamp_min(0.0)}):
-            if torch.equal(_first(model(example)), wanted):
+            if torch.equal(first_tensor(model(example)), wanted):
                 yield tail
-
-
-def _first(output: object) -> Tensor:
-    found = output[0] if isinstance(output, (tuple, list)) else output
-    assert isinstance(found, Tensor)
-    return found

@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from autoprune.errors import DataError
+from autoprune.evaluators.shapes import check_same
 
 
 @final
@@ -21,10 +21,6 @@ class MSE:
 
     def per_sample(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """One mean squared error for each sample, (samples,) float64, from two tensors (samples, ...) of one shape."""
-        if outputs.ndim < 1 or outputs.shape != targets.shape:
-            raise DataError(
-                f"mse: outputs are {tuple(outputs.shape)} and targets {tuple(targets.shape)}; "
-                "expected the same shape (samples, ...), nothing is broadcast"
-            )
+        check_same(self.name, outputs, targets)
         squares = (outputs.to(torch.float64) - targets.to(torch.float64)).square()
-        return squares.reshape(len(squares), -1).mean(dim=1) if squares.ndim > 1 else squares
+        return squares.reshape(len(squares), -1).mean(dim=1)

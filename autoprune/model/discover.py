@@ -22,6 +22,7 @@ from autoprune.model.coupling import Group, Refused, coupled_groups, is_matrix
 from autoprune.model.cut import cut, plan_cut, side_widths
 from autoprune.model.describe import describe
 from autoprune.model.observe import calls
+from autoprune.nest import Nested, first_tensor, tensors_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,16 +133,19 @@ def _cut_check(model: nn.Module, example: Tensor) -> Callable[[Sequence[Group]],
     """A test of groups: every third channel is cut, and the same channels masked where they are read."""
     widths = side_widths(model)
     with torch.no_grad():
-        dense = _first(model(example))
-    tolerance = 1e-4 * float(dense.abs().max().clamp_min(1e-3))
+        dense = _compared(model(example))
+    tolerances = [1e-4 * float(tensor.abs().max().clamp_min(1e-3)) for tensor in dense]
 
     def same(groups: Sequence[Group]) -> bool:
         kept = {g.root: torch.tensor([c for c in range(g.width) if c % 3 != 1]) for g in groups}
         try:
             with torch.no_grad():
                 smaller = cut(model, plan_cut(widths, groups, kept=kept, dropped=()))
-                masked = _first(_masked(model, groups, kept)(example))
-                return bool(torch.allclose(_first(smaller(example)), masked, rtol=1e-3, atol=tolerance))
+                pairs = zip(_compared(smaller(example)), _compared(_masked(model, groups, kept)(example)), strict=True)
+                return all(
+                    torch.allclose(one, other, rtol=1e-3, atol=tolerance, equal_nan=True)
+                    for (one, other), tolerance in zip(pairs, tolerances, strict=True)
+                )
         except Exception:  # noqa: BLE001 (whatever a foreign forward raises once widths differ: it cannot be cut)
             return False
 
@@ -172,14 +176,7 @@ def _mask_inputs(weight: Tensor, positions: Tensor, groups: int) -> None:
         weight[group * outputs : (group + 1) * outputs, column] = 0
 
 
-def _first(output: object) -> Tensor:
-    """The first tensor of a model's output."""
-    while isinstance(output, (tuple, list)):
-        output = output[0]
-    if isinstance(output, dict):
-        return _first(next(iter(output.values())))
-    if not isinstance(output, Tensor):
-        raise ModelError(
-            f"the model returns {type(output).__name__}; a tensor (or a tuple that begins with one) is needed"
-        )
-    return output
+def _compared(output: Nested) -> list[Tensor]:
+    """The tensors of a model's output that a cut must leave alone. Raises ModelError where there is none."""
+    first_tensor(output)
+    return [tensor for tensor in tensors_of(output) if tensor.is_floating_point() and tensor.numel()]

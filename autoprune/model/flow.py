@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from autoprune.model.coupling import CONVOLUTIONS, NORMS
 from autoprune.model.observe import calls
+from autoprune.nest import tensors_of
 
 
 def norms_after(model: nn.Module, example: Tensor) -> dict[str, str]:
@@ -62,14 +63,6 @@ def _removed(handle: RemovableHandle) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def tensors_of(output: object) -> list[Tensor]:
-    """All tensors of a model's output, whatever they are nested in."""
-    if isinstance(output, Tensor):
-        return [output]
-    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else ()
-    return [tensor for part in parts for tensor in tensors_of(part)]
 
 
 def norm_scale(norm: nn.Module) -> Tensor:

@@ -6,7 +6,7 @@ from autoprune.core.budget import shown
 from autoprune.core.policy import LatencyRecord, Measured, ScoreRecord
 
 NOTHING = "–"
-_PERCENT_METRICS = ("top1", "top5")
+_PERCENT_METRICS = ("top1", "top5", "miou", "miou_image", "map")
 
 
 def value(number: float, metric: str) -> str:

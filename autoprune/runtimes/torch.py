@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from autoprune.core.target import Target
 from autoprune.core.unit import Form
 from autoprune.errors import TargetError
+from autoprune.nest import tensors_of
 from autoprune.runtimes.base import Array
 from autoprune.runtimes.semi_structured import PRECISIONS, use_sparse_kernels
 from autoprune.runtimes.shared import cause, whole
@@ -37,7 +38,10 @@ class TorchSession:
         """First output for `inputs`."""
         with torch.inference_mode(), _threads(self._threads):
             output = self._model(self._as_asked(torch.from_numpy(inputs)))
-        return np.asarray(_first(output).float().cpu().numpy(), dtype=np.float32)
+        found = tensors_of(output)
+        if not found:
+            raise TargetError(f"torch: the model returns {type(output).__name__}; it must return a tensor, or some")
+        return np.asarray(found[0].float().cpu().numpy(), dtype=np.float32)
 
     def _as_asked(self, inputs: Tensor) -> Tensor:
         """On the device; floats in the precision asked for."""
@@ -106,13 +110,3 @@ def _threads(wanted: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _first(output: object) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, (tuple, list)):
-        return _first(output[0])
-    if isinstance(output, dict):
-        return _first(next(iter(output.values())))
-    raise TargetError(f"torch: the model returns a {type(output).__name__}; it must return a tensor, or some in a row")

@@ -7,19 +7,20 @@ paired by sample, so little data tells much. Knows the selection data and nothin
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from autoprune.bank.stitch import Candidate, Stitcher
 from autoprune.core.space import Choice, Space
-from autoprune.evaluators.divergence import DivergenceKind, divergence
+from autoprune.evaluators.divergence import Head, heads_of, total_divergence
 from autoprune.model.fold import fold_norms
+from autoprune.nest import Nested, joined, tensors_of
 from autoprune.searching.engine import Score
 
-VERSION = 3
+VERSION = 4
 """Rises when the same choice would be scored otherwise: a study goes on only where its scores mean the same."""
 STAGES = ((128, 2.5), (256, 2.0), (512, 1.5), (1024, 1.0))
 """Samples after which a candidate may be given up, and by how many standard errors the paired difference must be worse
@@ -29,27 +30,44 @@ for that. After the last stage all samples are used.
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The data that candidates are chosen by, in batches, with the dense model's outputs for it."""
+    """The data that candidates are chosen by, in batches, with what the dense model returns for it."""
 
     batches: tuple[Tensor, ...]
-    dense: Tensor
-    kind: DivergenceKind
+    heads: tuple[Head, ...]
 
     @classmethod
-    def of(cls, model: nn.Module, batches: Sequence[Tensor], kind: DivergenceKind) -> Selection:
-        """Run the dense model once."""
-        return cls(tuple(batches), outputs_of(model, batches), kind)
+    def of(cls, model: nn.Module, batches: Sequence[Tensor], targets: Tensor) -> Selection:
+        """Run the dense model once. `targets` (samples, ...) say by their type and shape alone what its outputs are."""
+        samples = sum(len(batch) for batch in batches)
+        return cls(tuple(batches), heads_of(tensors_of(outputs_of(model, batches)), targets, samples=samples))
+
+    def __len__(self) -> int:
+        return len(self.heads[0].dense)
+
+    def first(self, batches: Sequence[Tensor]) -> Selection:
+        """The same for the first samples alone, which are given in `batches`. Scales stay those of all samples."""
+        count = sum(len(batch) for batch in batches)
+        return Selection(tuple(batches), tuple(replace(head, dense=head.dense[:count]) for head in self.heads))
 
     def divergences(self, model: nn.Module) -> Tensor:
         """Of `model` for every sample, (samples,) float64."""
-        return divergence(self.dense, outputs_of(model, self.batches), self.kind)
+        return torch.cat([values for _, values in self.in_batches(model)])
+
+    def in_batches(self, model: nn.Module) -> Iterator[tuple[int, Tensor]]:
+        """Batch by batch: the samples done so far, and the divergences of this batch's."""
+        done = 0
+        for batch in self.batches:
+            with torch.no_grad():
+                tensors = tensors_of(model(batch))
+            values = total_divergence(self.heads, tensors, start=done)
+            done += len(batch)
+            yield done, values
 
 
-def outputs_of(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
-    """Outputs for all batches, (samples, ...); the first output where there are several."""
+def outputs_of(model: nn.Module, batches: Sequence[Tensor]) -> Nested:
+    """What `model` returns for all batches, tensors (samples, ...), in the containers that it returns them in."""
     with torch.no_grad():
-        outputs = [model(batch) for batch in batches]
-    return torch.cat([output[0] if isinstance(output, (tuple, list)) else output for output in outputs])
+        return joined([model(batch) for batch in batches], [len(batch) for batch in batches])
 
 
 class Scorer:
@@ -83,18 +101,16 @@ class Scorer:
 
     def _observe(self, candidate: Candidate, *, compare: bool) -> tuple[Tensor, bool]:
         """Divergences of the samples looked at, and whether that was all."""
-        outputs: list[Tensor] = []
+        parts: list[Tensor] = []
         stages = list(STAGES) if compare and self._best is not None else []
-        done = 0
-        for batch in self._selection.batches:
-            outputs.append(outputs_of(candidate.model, [batch]))
-            done += len(batch)
-            if stages and stages[0][0] <= done < len(self._selection.dense):
+        for done, values in self._selection.in_batches(candidate.model):
+            parts.append(values)
+            if stages and stages[0][0] <= done < len(self._selection):
                 _, certainty = stages.pop(0)
-                seen = divergence(self._selection.dense[:done], torch.cat(outputs), self._selection.kind)
+                seen = torch.cat(parts)
                 if self._clearly_worse(seen, certainty):
                     return seen, False
-        return divergence(self._selection.dense, torch.cat(outputs), self._selection.kind), True
+        return torch.cat(parts), True
 
     def _clearly_worse(self, seen: Tensor, certainty: float) -> bool:
         assert self._best is not None
