@@ -72,6 +72,15 @@ def test_names_are_escaped_everywhere() -> None:
         assert NASTY in text.plain(view)
 
 
+def test_a_budget_that_costs_nothing_is_told() -> None:
+    good = measured(4.9, 0.97, 0.01)  # the dense model has 0.974 +- 0.009
+    record = outcome().model_copy(update={"beats_baselines": False, "baselines": {"uniform": good}})
+    assert "within one standard error of the dense model" in checked(record)
+    worse = measured(4.9, 0.96, 0.01)
+    record = outcome().model_copy(update={"beats_baselines": False, "baselines": {"uniform": worse}})
+    assert "see its row, and mind" in checked(record)
+
+
 def test_a_poor_outcome_is_drawn_too() -> None:
     bare = measured().model_copy(update={"latency_ms": None, "predicted_ms": None, "divergence": None, "score": None})
     record = outcome().model_copy(

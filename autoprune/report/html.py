@@ -44,8 +44,8 @@ def _head(outcome: OutcomeRecord) -> str:
         f'<header><p class="eyebrow">autoprune report</p><h1>{escape(outcome.title)}</h1><p class="goal">{goals}</p>',
         f'<p class="verdict {state}"><span class="badge">{state}</span> {escape(outcome.verdict)}</p>',
     ]
-    if outcome.baselines and not outcome.beats_baselines:
-        told = "A baseline scored better on the held-out data; see its row, and mind ±."
+    told = numbers.against_baselines(outcome)
+    if told is not None:
         parts.append(f'<p class="verdict missed">{told}</p>')
     return "".join([*parts, "</header>"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from autoprune.core.budget import shown
+from autoprune.core.outcome import OutcomeRecord
 from autoprune.core.policy import LatencyRecord, Measured, ScoreRecord
 
 NOTHING = "–"
@@ -67,6 +68,21 @@ def memory(model: Measured) -> str:
 def cost(metric: str, number: float) -> str:
     """A cost in its own unit (seconds, MACs, parameters, bytes)."""
     return f"{digits(number * 1e3)} ms" if metric == "latency" else shown(metric, number)
+
+
+def against_baselines(outcome: OutcomeRecord) -> str | None:
+    """One sentence where a baseline is as good as what was chosen: why that may be. None where none is."""
+    if not outcome.baselines or outcome.beats_baselines:
+        return None
+    dense, sign = outcome.dense.score, 1.0 if outcome.higher_is_better else -1.0
+    scores = [model.score for model in outcome.baselines.values() if model.score is not None]
+    best = max((sign * score.value for score in scores), default=float("-inf"))
+    if dense is not None and best >= sign * dense.value - dense.stderr:
+        return (
+            "A baseline scored better on the held-out data, for this budget costs it nothing: it is within one "
+            "standard error of the dense model, and no search can be much above. A tighter one would tell them apart."
+        )
+    return "A baseline scored better on the held-out data; see its row, and mind ±."
 
 
 def label(name: str) -> str:

@@ -45,8 +45,9 @@ def outcome_view(outcome: OutcomeRecord) -> RenderableType:
         _verdict(outcome.verdict, met=outcome.met),
         measured_table(rows, metric=outcome.metric),
     ]
-    if outcome.baselines and not outcome.beats_baselines:
-        parts.append(Text("A baseline scored better on the held-out data; see its row, and mind ±.", style="yellow"))
+    told = numbers.against_baselines(outcome)
+    if told is not None:
+        parts.append(Text(told, style="yellow"))
     return Group(*parts)
 
 
