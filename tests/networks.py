@@ -248,7 +248,7 @@ class Waves(nn.Sequential):
 
 
 class OptionA(nn.Module):
-    """A shortcut that is padded with zero channels on both sides: its coupling is not one to one."""
+    """A shortcut that is padded with zero channels on both sides: the others line up with those between."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -378,7 +378,7 @@ CASES: dict[str, Case] = {
     "unet": Case(UNet, IMAGE, {"down1.0": _channels(8), "down2.0": _channels(12), "up.0": _channels(8)}),
     "mlp": Case(Mlp, (10,), {"0": _channels(16), "3": _channels(12)}),
     "waves": Case(Waves, (2, 24), {"0": _channels(8), "3": _channels(8), "5": _channels(10)}),
-    "option A": Case(OptionA, IMAGE, {"conv1": _channels(12)}, ("stem",)),
+    "option A": Case(OptionA, IMAGE, {"stem": _channels(8), "conv1": _channels(12)}, ("conv2",)),
     "hard view": Case(HardView, IMAGE, {"free": _channels(8)}, ("fixed",)),
     "asserting": Case(Asserting, IMAGE, {"free": _channels(8)}, ("fixed",)),
     "channel mean": Case(ChannelMean, IMAGE, {"free": _channels(8)}, ("averaged",)),

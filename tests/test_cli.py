@@ -18,7 +18,7 @@ from autoprune.errors import BudgetError, MissedError
 from autoprune.progress import Progress
 
 GOLDEN = Path(__file__).parent / "golden" / "policy-1.yaml"
-HEAVY = {"torch", "optuna", "numpy", "scipy", "onnx", "onnxruntime", "safetensors", "torch_pruning"}
+HEAVY = {"torch", "optuna", "numpy", "scipy", "onnx", "onnxruntime", "safetensors"}
 runner = CliRunner()
 
 

@@ -466,11 +466,16 @@ def zoo() -> ModuleType:
 
 REAL = {
     # name -> shape of a sample, channel units, blocks; None where the data, not a shape, makes valid inputs
-    "resnet20": ((3, 32, 32), 9, 7),
+    "resnet20": ((3, 32, 32), 10, 7),
     "plainnet": ((3, 32, 32), 10, 0),
     "mnist_cnn": ((1, 28, 28), 3, 0),
     "fsdd_dscnn": ((1, 32, 81), 5, 0),
     "adult_mlp": (None, 3, 0),
+    "resnet56": ((3, 32, 32), 28, 25),
+    "shufflenetv2_x0_5": ((3, 32, 32), 20, 0),
+    "digits_vit": (None, 7, 3),
+    "chargpt": (None, 8, 4),
+    "stories260k": (None, 10, 0),
 }
 
 

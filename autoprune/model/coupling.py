@@ -1,24 +1,22 @@
-"""Groups of coupled channels, from Torch-Pruning's dependency graph. The only file that imports torch_pruning.
+"""Groups of coupled channels, from the axes that a run of the model shows.
 
-Knows which positions of which layers go together with each channel of a root layer. Torch-Pruning is asked for index
-maps alone: it never prunes here, and what it says is tested by the caller (`discover`), because it treats operations
-that it does not know as if they left channels where they are.
+Knows which positions of which layers go together with each channel of a root layer, and why the other channels must
+stay. What it says is tested by the caller (`discover`).
 """
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard
+from typing import Literal, TypeGuard
 
 import torch
-import torch_pruning
 from torch import Tensor, nn
 
 from autoprune.errors import ModelError
-from autoprune.model.observe import calls
+from autoprune.model.axes import Axes, Expr
+from autoprune.model.axis_op import HEAD_WIDTH, HEADS
+from autoprune.model.axis_trace import Traced, trace
 
 Axis = Literal["out", "in", "both", "norm"]
 """Which side of a layer: `out` its outputs, `in` its inputs, `both` a depthwise layer's, `norm` a norm's channels."""
@@ -38,12 +36,42 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
+class Slab:
+    """One dimension of a parameter outside the layers above: an embedding, a slope, a bare parameter of any module."""
+
+    parameter: str
+    dim: int
+    size: int
+    positions: Tensor
+
+    @property
+    def module(self) -> str:
+        """The module that holds the parameter."""
+        return self.parameter.rpartition(".")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """An integer attribute of a module that the forward pass needs to be `each` times the channels that are left."""
+
+    module: str
+    attribute: str
+    each: int
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
-    """Channels that can only go together. A channel of a grouped convolution is one from each of its groups."""
+    """Channels that can only go together. A channel of a grouped convolution is one from each of its groups.
+
+    `heads` says that the channels are attention heads: each has all positions of its width.
+    """
 
     root: str
     width: int
     members: tuple[Member, ...]
+    slabs: tuple[Slab, ...] = ()
+    numbers: tuple[Number, ...] = ()
+    heads: bool = False
 
     def on(self, *axes: Axis) -> tuple[Member, ...]:
         """The members on the given sides."""
@@ -68,110 +96,172 @@ def is_matrix(layer: nn.Module) -> TypeGuard[nn.Conv1d | nn.Conv2d | nn.Conv3d |
     return isinstance(layer, nn.Linear) or (isinstance(layer, CONVOLUTIONS) and layer.groups == 1)
 
 
-def coupled_groups(model: nn.Module, example: Tensor) -> tuple[tuple[Group, ...], tuple[Refused, ...]]:
-    """All groups of coupled channels of `model`, each named by its first root layer in execution order.
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A group as the axes show it, and the modules in whose forward pass a number of its width may be written down."""
 
-    `example` is a batch the model accepts. Parameters need gradients while the graph is traced; their flags are put
-    back. Raises ModelError when the model cannot be traced at all.
+    group: Group
+    shapers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """One side of one layer, its dimension, and what speaks against cutting it."""
+
+    layer: str
+    axis: Axis
+    expr: Expr
+    times: int = 1
+    """The side is this many copies of the dimension, end to end (the inputs of a grouped convolution)."""
+    refusal: str | None = None
+    parameter: tuple[str, int] | None = None
+    """The parameter and its dimension, where the layer is none of those that have sides."""
+
+
+def coupled_groups(
+    model: nn.Module, example: Tensor, *, slabs: bool = False
+) -> tuple[tuple[Candidate, ...], tuple[Refused, ...]]:
+    """All groups of coupled channels of `model`, each named by its first layer in execution order.
+
+    `example` is a batch the model accepts. With `slabs`, also groups that reach parameters outside convolutions,
+    linear layers and batch norms; without, those are refused. Raises ModelError when the model cannot be run under
+    observation.
     """
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
-        for parameter in model.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
-        with torch.enable_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            make: Any = torch_pruning.DependencyGraph
-            graph = make()
-            graph.build_dependency(model, example_inputs=example, verbose=False)
-            raw = list(graph.get_all_groups(root_module_types=(*CONVOLUTIONS, nn.Linear)))
-    except Exception as error:  # whatever a foreign tracer raises on a foreign model
+        traced = trace(model, example)
+    except Exception as error:  # whatever a foreign model raises when it is watched
         raise ModelError(
             f"the model cannot be traced for coupled channels ({type(error).__name__}: {error}); "
             "use `space: blocks` to search over blocks alone, or protect the part that fails by a glob"
         ) from error
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(flags[name])
-    names = {module: name for name, module in model.named_modules()}
-    order = {call.name: place for place, call in enumerate(calls(model, example))}
-    modules = dict(model.named_modules())
-    read = [_read(items, names) for items in raw]
-    entries = [_named(entry, modules, order) if isinstance(entry, Group) else entry for entry in read]
-    groups = sorted((e for e in entries if isinstance(e, Group)), key=lambda group: order[group.root])
-    return tuple(groups), tuple(entry for entry in entries if isinstance(entry, Refused))
-
-
-def _read(items: Any, names: dict[nn.Module, str]) -> Group | Refused:
-    """One of Torch-Pruning's groups as ours, or the reason why it cannot be cut."""
-    root = names[items[0].dep.target.module]
-    width = len(items[0].idxs)
-    members: list[tuple[str, Axis, list[int], list[int]]] = []
-    strides = [1]
-    for item in items:
-        module, handler = item.dep.target.module, item.dep.handler.__name__
-        if isinstance(module, nn.Parameter):
-            return Refused(root, "a parameter outside any layer reads or makes its channels")
-        if type(module).__module__.startswith("torch_pruning"):
-            if type(module).__name__ == "_OutputOp":
-                return Refused(root, "it makes the model's output")
+    order = {name: place for place, name in enumerate(traced.runs)}
+    sides = sorted(_sides(model, traced, slabs=slabs), key=lambda side: order.get(side.layer, len(order)))
+    by_axis: dict[int, list[_Side]] = {}
+    for side in sides:
+        for axis in sorted(traced.axes.leaves(side.expr)):
+            by_axis.setdefault(axis, []).append(side)
+    candidates: list[Candidate] = []
+    refused: list[tuple[Refused, _Side, int]] = []
+    for axis, touched in by_axis.items():
+        makers = [side for side in touched if side.axis in ("out", "both") and side.layer and side.layer in order]
+        if not makers or not any(side.parameter is None for side in touched):
             continue
-        if not isinstance(module, CUTTABLE):
-            if any(True for _ in module.parameters(recurse=False)):
-                return Refused(root, f"{names[module]} ({type(module).__name__}) cannot be cut")
-            continue
-        axis = _axis(module, handler)
-        if axis in ("out", "in") and isinstance(module, CONVOLUTIONS):
-            strides.append(module.groups)
-        members.append((names[module], axis, list(item.idxs), list(item.root_idxs)))
-    if not any(axis == "in" for _, axis, _, _ in members):
-        return Refused(root, "no layer reads its channels: it makes the model's output")
-    return _coupled(root, width, math.lcm(*strides), members)
+        reason = _refusal(axis, touched, traced)
+        entry = Refused(makers[0].layer, reason) if reason else _group(axis, makers[0], touched, traced.axes)
+        if isinstance(entry, Refused):
+            refused.append((entry, makers[0], axis))
+        else:
+            candidates.append(Candidate(entry, traced.shapers(axis)))
+    chosen, overlapping = _apart(candidates)
+    chosen.sort(key=lambda candidate: order[candidate.group.root])
+    told = _told([candidate.group for candidate in chosen], refused, traced.axes)
+    return tuple(chosen), (*told, *overlapping)
 
 
-def _coupled(
-    root: str, width: int, groups: int, members: Iterable[tuple[str, Axis, list[int], list[int]]]
-) -> Group | Refused:
-    """Join channel j of every convolution group into one, so that grouped convolutions keep equal groups."""
-    if width % groups:
-        return Refused(root, f"{width} channels do not divide into the {groups} groups of its convolutions")
-    classes = width // groups
-    built: list[Member] = []
-    for layer, axis, positions, roots in members:
-        lists: list[list[int]] = [[] for _ in range(classes)]
-        for position, channel in zip(positions, roots, strict=True):
-            lists[channel % classes].append(position)
-        if len({len(entries) for entries in lists}) != 1:
-            return Refused(root, f"its channels reach {layer} unevenly")
-        built.append(Member(layer, axis, torch.tensor(lists, dtype=torch.int64)))
-    return Group(root, classes, tuple(built)) if classes > 1 else Refused(root, "it has one channel alone")
+def _told(groups: Sequence[Group], refused: Sequence[tuple[Refused, _Side, int]], axes: Axes) -> Iterator[Refused]:
+    """One refusal a layer, and none of what lies across a group: the heads' width where heads may go, say."""
+    roots = {group.root for group in groups}
+    taken = {(m.layer, m.axis, place) for g in groups for m in g.members for place in m.positions.flatten().tolist()}
+    for entry, side, axis in refused:
+        places = (place for part in axes.places(side.expr)[0][axis] for place in part)
+        if entry.root not in roots and not any((side.layer, side.axis, place) in taken for place in places):
+            roots.add(entry.root)
+            yield entry
 
 
-def _named(group: Group, modules: Mapping[str, nn.Module], order: Mapping[str, int]) -> Group | Refused:
-    """The group by the name, and in the channel order, of the first layer that makes its channels."""
-    for member in group.members:
-        if not _is_even(member, modules[member.layer]):
-            return Refused(group.root, f"its channels are not spread evenly over the groups of {member.layer}")
-    makers = group.on("out") or group.on("both")
-    root = min(makers, key=lambda member: order[member.layer])
-    ascending = root.positions[:, 0].argsort()
-    return Group(root.layer, group.width, tuple(Member(m.layer, m.axis, m.positions[ascending]) for m in group.members))
+def _sides(model: nn.Module, traced: Traced, *, slabs: bool) -> Iterator[_Side]:
+    """Every side of everything that has parameters, with its dimension."""
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        own = {key: f"{name}.{key}" if name else key for key, _ in module.named_parameters(recurse=False)}
+        refusal = None
+        for key in own:
+            first = owners.setdefault(id(getattr(module, key)), name)
+            if first != name:
+                refusal = f"{first} and {name} share their weights"
+        if traced.runs[name] > 1:
+            refusal = f"{name} is run more than once in a forward pass"
+        if not slabs and own and not isinstance(module, CUTTABLE):
+            refusal = f"{name or 'the model itself'} ({type(module).__name__}) has parameters that cannot be cut"
+        yield from _sides_of(name, module, own, traced, refusal)
 
 
-def _is_even(member: Member, layer: nn.Module) -> bool:
-    """Whether each channel has the same places in every group of a grouped convolution, so that groups stay equal."""
-    if not isinstance(layer, CONVOLUTIONS) or layer.groups == 1 or member.axis not in ("in", "out"):
-        return True
-    size = (layer.in_channels if member.axis == "in" else layer.out_channels) // layer.groups
-    for positions in member.positions.tolist():
-        places = [sorted(p % size for p in positions if p // size == group) for group in range(layer.groups)]
-        if any(place != places[0] for place in places):
-            return False
-    return True
-
-
-def _axis(module: nn.Module, handler: str) -> Axis:
+def _sides_of(
+    name: str, module: nn.Module, own: Mapping[str, str], traced: Traced, refusal: str | None
+) -> Iterator[_Side]:
     if isinstance(module, NORMS):
-        return "norm"
-    if is_depthwise(module):
-        return "both"
-    return "in" if "in_channels" in handler else "out"
+        held = traced.dims.get(f"{name}.running_mean") or traced.dims.get(own.get("weight", ""))
+        if held:
+            yield _Side(name, "norm", held[0], refusal=refusal)
+    elif isinstance(module, (*CONVOLUTIONS, nn.Linear)) and "weight" in own:
+        weight = traced.dims[own["weight"]]  # (out, in / groups, ...)
+        if is_depthwise(module):
+            yield _Side(name, "both", weight[0], refusal=refusal)
+            return
+        groups = module.groups if isinstance(module, CONVOLUTIONS) else 1
+        yield _Side(name, "out", weight[0], refusal=refusal)
+        yield _Side(name, "in", weight[1], times=groups, refusal=refusal)
+    else:
+        for path in own.values():
+            made: Axis = "out" if len(traced.dims[path]) > 1 else "norm"
+            for dim, expr in enumerate(traced.dims[path]):
+                yield _Side(name, made, expr, refusal=refusal, parameter=(path, dim))
+
+
+def _refusal(axis: int, sides: Sequence[_Side], traced: Traced) -> str | None:
+    """Why no index of an axis may go, if so."""
+    pinned = traced.axes.pin_of(axis)
+    if pinned is not None:
+        return pinned
+    if HEAD_WIDTH in traced.axes.marks_of(axis):
+        return "it is the width of attention heads, not a number of them"
+    normalised = sorted(note for note in traced.axes.marks_of(axis) if note.startswith("normalised"))
+    if normalised:
+        more = f" and {len(normalised) - 1} more" if len(normalised) > 1 else ""
+        return f"it is {normalised[0]}{more}: without a channel the others are scaled differently"
+    refusal = next((side.refusal for side in sides if side.refusal), None)
+    if refusal is not None:
+        return refusal
+    if not any(side.axis == "in" for side in sides):
+        return "no layer reads its channels"
+    return None
+
+
+def _group(axis: int, root: _Side, sides: Sequence[_Side], axes: Axes) -> Group | Refused:
+    """The group of an axis, or why its channels cannot be told apart."""
+    members: list[Member] = []
+    slabs: list[Slab] = []
+    for side in sides:
+        found, tangled = axes.places(side.expr)
+        if axis in tangled:
+            return Refused(root.layer, f"{side.layer} has its channels along and across one side")
+        step = axes.size(side.expr)
+        places = [[copy * step + place for copy in range(side.times) for place in part] for part in found[axis]]
+        positions = torch.tensor(places, dtype=torch.int64)
+        if side.parameter is None:
+            members.append(Member(side.layer, side.axis, positions))
+        else:
+            slabs.append(Slab(*side.parameter, step, positions))
+    heads = HEADS in axes.marks_of(axis)
+    return Group(root.layer, axes.width(axis), tuple(members), tuple(slabs), heads=heads)
+
+
+def _apart(candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Refused]]:
+    """Candidates without two that share a position or a name: the wider stays."""
+    chosen: list[Candidate] = []
+    refused: dict[str, Refused] = {}
+    taken: dict[tuple[str, str | int, int], str] = {}
+    for candidate in sorted(candidates, key=lambda candidate: -candidate.group.width):
+        group = candidate.group
+        places: list[tuple[str, str | int, Tensor]] = [(m.layer, m.axis, m.positions) for m in group.members]
+        places += [(slab.parameter, slab.dim, slab.positions) for slab in group.slabs]
+        held = [(where, side, place) for where, side, at in places for place in at.flatten().tolist()]
+        other = next((taken[key] for key in held if key in taken), None)
+        if other is not None or any(group.root == before.group.root for before in chosen):
+            reason = f"its channels cross or lie beside those of {other or group.root}"
+            refused.setdefault(group.root, Refused(group.root, reason))
+            continue
+        chosen.append(candidate)
+        taken |= dict.fromkeys(held, group.root)
+    roots = {candidate.group.root for candidate in chosen}
+    return chosen, [entry for root, entry in refused.items() if root not in roots]

@@ -40,6 +40,10 @@ class CutPlan:
     dropped: tuple[Block, ...] = ()
     units: Mapping[str, Tensor] = field(default_factory=dict)
     """The kept channels of each narrowed unit, ascending."""
+    slabs: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
+    """Parameter and dimension -> the positions that stay, ascending."""
+    numbers: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    """Module and attribute -> the integer it holds afterwards."""
 
 
 def plan_cut(
@@ -51,9 +55,11 @@ def plan_cut(
     """
     gone = {layer for block in dropped for layer in block.layers}
     masks: dict[str, Tensor] = {}
+    numbers: dict[tuple[str, str], int] = {}
     for group in groups:
         if group.root not in kept:
             continue
+        numbers |= {(n.module, n.attribute): n.each * len(kept[group.root]) for n in group.numbers}
         removed = torch.ones(group.width, dtype=torch.bool)
         removed[kept[group.root]] = False
         for member in group.members:
@@ -68,7 +74,22 @@ def plan_cut(
         indices, before = mask.nonzero().flatten(), layers.get(layer, Kept())
         inputs, outputs = (indices, before.outputs) if end == "in" else (before.inputs, indices)
         layers[layer] = Kept(inputs, outputs)
-    return CutPlan(layers, tuple(dropped), dict(kept))
+    return CutPlan(layers, tuple(dropped), dict(kept), _kept_slabs(groups, kept, gone), numbers)
+
+
+def _kept_slabs(
+    groups: Collection[Group], kept: Mapping[str, Tensor], gone: Collection[str]
+) -> dict[tuple[str, int], Tensor]:
+    """What stays of the parameters outside layers, by parameter and dimension."""
+    masks: dict[tuple[str, int], Tensor] = {}
+    for group in groups:
+        for slab in group.slabs if group.root in kept else ():
+            if slab.module not in gone:
+                mask = masks.setdefault((slab.parameter, slab.dim), torch.ones(slab.size, dtype=torch.bool))
+                removed = torch.ones(group.width, dtype=torch.bool)
+                removed[kept[group.root]] = False
+                mask[slab.positions[removed].flatten()] = False
+    return {place: mask.nonzero().flatten() for place, mask in masks.items()}
 
 
 def side_widths(model: nn.Module) -> dict[str, int]:
@@ -87,6 +108,10 @@ def side_widths(model: nn.Module) -> dict[str, int]:
 def cut(model: nn.Module, plan: CutPlan, mended: Mapping[str, Mended] | None = None) -> nn.Module:
     """A smaller copy of `model`. `mended` gives new input-side weights of layers that stay."""
     smaller = copy.deepcopy(model)
+    for (name, attribute), value in plan.numbers.items():
+        setattr(smaller.get_submodule(name), attribute, value)
+    for (parameter, dim), indices in plan.slabs.items():
+        _narrow_parameter(smaller, parameter, dim, indices)
     for block in plan.dropped:
         _replace(smaller, block.name, Dropped(block.rest))
     modules = dict(smaller.named_modules())
@@ -94,6 +119,22 @@ def cut(model: nn.Module, plan: CutPlan, mended: Mapping[str, Mended] | None = N
     for name in dict.fromkeys((*plan.layers, *new)):
         _narrow(modules[name], plan.layers.get(name, Kept()), new.get(name))
     return smaller
+
+
+def _narrow_parameter(model: nn.Module, path: str, dim: int, indices: Tensor) -> None:
+    """Shrink one parameter of our own copy, and what its module says of its shape."""
+    name, _, key = path.rpartition(".")
+    module, parameter = model.get_submodule(name), model.get_parameter(path)
+    smaller = parameter.detach().index_select(dim, indices)
+    module.register_parameter(key, nn.Parameter(smaller, requires_grad=parameter.requires_grad))
+    if isinstance(module, nn.Embedding):
+        module.embedding_dim = module.weight.shape[1]
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(module.weight)
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        module.normalized_shape = tuple(smaller.shape)
+    elif isinstance(module, nn.GroupNorm):
+        module.num_channels = len(smaller)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -18,10 +18,11 @@ from autoprune.core.architecture import Architecture
 from autoprune.core.unit import Unit
 from autoprune.errors import ConfigError, ModelError, near_miss
 from autoprune.model.blocks import Block, droppable_blocks
-from autoprune.model.coupling import Group, Refused, coupled_groups, is_matrix
+from autoprune.model.coupling import Candidate, Group, Refused, coupled_groups, is_matrix
 from autoprune.model.cut import cut, plan_cut, side_widths
 from autoprune.model.describe import describe
 from autoprune.model.observe import calls
+from autoprune.model.written import with_numbers
 from autoprune.nest import Nested, first_tensor, tensors_of
 
 
@@ -43,11 +44,12 @@ class Anatomy:
 
 def discover(
     model: nn.Module, example: Tensor, *, protect: Sequence[str] = (), channels: bool = True, blocks: bool = True,
-    weights: bool = False, dense_layers: Sequence[str] = (),
+    weights: bool = False, dense_layers: Sequence[str] = (), slabs: bool = False,
 ) -> Anatomy:  # fmt: skip
     """All units of `model` but those that `protect`'s globs name by any of their layers.
 
     With `weights`, also one for the weights inside each layer that is one matrix, but for `dense_layers` (globs).
+    With `slabs`, also channels that reach parameters outside convolutions, linear layers and batch norms.
     `example` is a small batch of real data. Raises ConfigError for a glob that matches nothing, ModelError when the
     model cannot be traced or nothing in it can be pruned.
     """
@@ -55,10 +57,10 @@ def discover(
     for key, glob in (*(("protect", glob) for glob in protect), *(("dense_layers", glob) for glob in dense_layers)):
         if not fnmatch.filter(names, glob):
             raise ConfigError(f"space.{key}: {glob!r} matches no module of the model; {near_miss(glob, names)}")
-    groups, refused = coupled_groups(model, example) if channels else ((), ())
-    protected = [Refused(group.root, "protected") for group in groups if _is_protected(_layers_of(group), protect)]
-    groups = tuple(group for group in groups if not _is_protected(_layers_of(group), protect))
-    groups, wrong = _tested(model, example, groups)
+    found_groups, refused = coupled_groups(model, example, slabs=slabs) if channels else ((), ())
+    is_free = {entry.group.root: not _is_protected(_layers_of(entry.group), protect) for entry in found_groups}
+    protected = [Refused(root, "protected") for root, free in is_free.items() if not free]
+    groups, wrong = _tested(model, example, [entry for entry in found_groups if is_free[entry.group.root]])
     found = droppable_blocks(model, example) if blocks else ()
     found = tuple(block for block in found if not _is_protected((block.name, *block.layers), protect))
     order = {name: position for position, (name, _) in enumerate(model.named_modules())}
@@ -114,15 +116,17 @@ def _weight_units(model: nn.Module, example: Tensor, blocks: Sequence[Block], *,
 
 
 def _tested(
-    model: nn.Module, example: Tensor, groups: tuple[Group, ...]
+    model: nn.Module, example: Tensor, candidates: Sequence[Candidate]
 ) -> tuple[tuple[Group, ...], tuple[Refused, ...]]:
     """The groups whose cut equals their mask, and the others. All at once first: one forward pair when all is well."""
     check = _cut_check(model, example)
+    groups = tuple(candidate.group for candidate in candidates)
     if check(groups):
         return groups, ()
-    sound = tuple(group for group in groups if check((group,)))
-    wrong = [Refused(g.root, "cutting it changes more than masking it: an operation on channels is not understood")
-             for g in groups if g not in sound]  # fmt: skip
+    tried = [with_numbers(model, candidate, lambda group: check((group,))) for candidate in candidates]
+    sound = tuple(group for group in tried if group is not None)
+    wrong = [Refused(group.root, "cutting it changes more than masking it: an operation on channels is not understood")
+             for group, found in zip(groups, tried, strict=True) if found is None]  # fmt: skip
     while sound and not check(sound):  # each alone is fine, together they are not: give up the last ones
         wrong.append(Refused(sound[-1].root, "cutting it beside others changes more than masking them"))
         sound = sound[:-1]
