@@ -35,6 +35,7 @@ HERE = Path(__file__).resolve().parent
 FACTORY = {factory!r}
 DROPPED = {dropped!r}  # block -> what stays of it
 SPLIT = {split!r}  # layer that is two now -> channels between them
+NUMBERS = {numbers!r}  # module -> integers that its forward reads, such as how many heads it has
 ROUNDED = {rounded!r}  # layer that computes in 8-bit integers -> what hands its output on, scale and zero of both
 
 
@@ -116,6 +117,9 @@ def model():
     for name, rank in SPLIT.items():
         parent, _, child = name.rpartition(".")
         setattr(network.get_submodule(parent), child, halves(network.get_submodule(name), rank))
+    for name, values in NUMBERS.items():
+        for attribute, value in values.items():
+            setattr(network.get_submodule(name), attribute, value)
     for name, layer in network.named_modules():
         fit(layer, name, state)
     network.load_state_dict(state)
@@ -153,9 +157,13 @@ def write_model(
     written["packed"] = packed
     script = folder / "rebuild.py"
     dropped = {block.name: block.rest for block in plan.dropped}
+    numbers: dict[str, dict[str, int]] = {}
+    for (module, attribute), value in plan.numbers.items():
+        numbers.setdefault(module, {})[attribute] = value
     rounded = {layer: (each.tail, *each.numbers) for layer, each in applied.arithmetic.items()}
     write_text(script, _SCRIPT.format(
         factory=factory, weights=weights.name, dropped=dropped, split=dict(applied.ranks), rounded=rounded,
+        numbers=numbers,
     ))  # fmt: skip
     written["rebuild script"] = script
     own = source / factory.partition(":")[0]
