@@ -300,3 +300,13 @@ def test_side_file_with_other_integers_is_refused(tmp_path: Path) -> None:
                 load_space(str(tmp_path / "space.yaml"), tmp_path))  # fmt: skip
     with pytest.raises(PolicyError, match="not the integers times scales"):
         api.apply(outcome.folder / "policy.yaml", subject_of(task, Silent()))
+
+
+def test_layers_without_a_norm_are_edited_where_their_outputs_are_cut(tmp_path: Path) -> None:
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 5))
+    bench = bench_of(randomised(plain), tmp_path)
+    options = {
+        "3": Option("l2", 6, "least_squares"),
+        "3.weight": next(o for e in bench.space.entries if e.unit.name == "3.weight" for o in e.options if o.pattern),
+    }
+    assert bench.stitcher.build(options).model.get_submodule("3").weight.shape == (6, 16)

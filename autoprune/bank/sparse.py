@@ -180,7 +180,7 @@ class Editor:
         moved = None if moved is None else moved.double().flatten(1)
         scale = norm_scale(self._modules[norm]) if norm else torch.ones(layer.weight.shape[0], dtype=torch.float64)
         if kept.outputs is not None:
-            scale = scale[kept.outputs]
+            scale = scale[kept.outputs] if norm else scale  # ones for the outputs at hand
             moved = None if moved is None else moved[kept.outputs]
         if kept.inputs is not None:
             area = layer.weight[0, 0].numel()
