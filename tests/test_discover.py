@@ -93,7 +93,7 @@ def test_every_layer_of_a_unit_is_there_and_its_name_is_one_of_them(case: Case) 
     modules = dict(model.named_modules())
     for unit in anatomy.units:
         assert set(unit.layers) <= set(modules)
-        assert unit.name in (unit.layers if unit.kind == "channels" else modules)
+        assert unit.name in (unit.layers if unit.narrows else modules)
 
 
 @every_case
@@ -488,8 +488,8 @@ def test_real_networks(zoo: ModuleType, name: str) -> None:
     )
     before = snapshot(model)
     anatomy = discover(model, example)
-    kinds = [unit.kind for unit in anatomy.units]
-    assert (kinds.count("channels"), kinds.count("block")) == (channels, blocks)
+    narrows = [unit.narrows for unit in anatomy.units]
+    assert (narrows.count(True), narrows.count(False)) == (channels, blocks)
     for seed in range(2):
         assert_cut_equals_mask(
             model, anatomy, example, kept_at_random(anatomy, seed), tuple(b.name for b in anatomy.blocks[::2])

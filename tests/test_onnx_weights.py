@@ -246,7 +246,7 @@ def choice(anatomy: Anatomy, draw: random.Random) -> dict[str, Option]:
     for unit in anatomy.units:
         if unit.kind == "block" and draw.random() < 0.4:
             options[unit.name] = DROP
-        if unit.kind == "channels":
+        if unit.narrows:
             options[unit.name] = Option("l2", draw.randint(1, unit.width))
     return options
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.core.architecture import Architecture
-from autoprune.core.unit import Unit
+from autoprune.core.unit import Kind, Unit
 from autoprune.errors import ConfigError, ModelError, near_miss
 from autoprune.model.blocks import Block, droppable_blocks
-from autoprune.model.coupling import Candidate, Group, Refused, coupled_groups, is_matrix
+from autoprune.model.coupling import NORMS, Candidate, Group, Refused, coupled_groups, is_matrix
 from autoprune.model.cut import cut, plan_cut, side_widths
 from autoprune.model.describe import describe
 from autoprune.model.observe import calls
@@ -64,7 +64,7 @@ def discover(
     found = droppable_blocks(model, example) if blocks else ()
     found = tuple(block for block in found if not _is_protected((block.name, *block.layers), protect))
     order = {name: position for position, (name, _) in enumerate(model.named_modules())}
-    units = sorted((*_channel_units(groups, found), *_block_units(found)), key=lambda unit: order[unit.name])
+    units = sorted((*_channel_units(model, groups, found), *_block_units(found)), key=lambda unit: order[unit.name])
     if weights:
         units += _weight_units(model, example, found, dense=(*protect, *dense_layers))
     if not units:
@@ -88,13 +88,21 @@ def _with_ancestors(name: str) -> list[str]:
     return [".".join(parts[: length + 1]) for length in range(len(parts))]
 
 
-def _channel_units(groups: Sequence[Group], blocks: Sequence[Block]) -> list[Unit]:
+def _channel_units(model: nn.Module, groups: Sequence[Group], blocks: Sequence[Block]) -> list[Unit]:
     units = []
     for group in groups:
         layers = _layers_of(group)
         parent = next((block.name for block in blocks if set(layers) <= set(block.layers)), None)
-        units.append(Unit(group.root, "channels", group.width, layers, parent))
+        units.append(Unit(group.root, _kind(model, group), group.width, layers, parent))
     return units
+
+
+def _kind(model: nn.Module, group: Group) -> Kind:
+    """Heads are known by what is done with them; features by lying between linear layers and nothing else."""
+    if group.heads:
+        return "heads"
+    linear = all(isinstance(model.get_submodule(member.layer), (nn.Linear, *NORMS)) for member in group.members)
+    return "ffn" if linear and not group.slabs else "channels"
 
 
 def _block_units(blocks: Sequence[Block]) -> list[Unit]:
