@@ -294,7 +294,7 @@ class Scaled(nn.Module):
 
 
 class Prelu(nn.Sequential):
-    """A layer with parameters for each channel that cannot be cut."""
+    """A slope for each channel, outside of layers."""
 
     def __init__(self) -> None:
         super().__init__(
