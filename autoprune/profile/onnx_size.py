@@ -264,19 +264,44 @@ def _reshaped(graph: bytes, values: Mapping[str, NDArray[Any]]) -> dict[str, tup
 def _owners(
     graph: bytes, own: nn.Module, layers: Sequence[Layer], places: Mapping[str, tuple[str, str]]
 ) -> list[str | None]:
-    """For each node the layer without which it would not be there: its own, or the last one of its block."""
+    """For each node the layer without which it would not be there: its own, or the last one of its block; of a node
+    that nothing names and no input reaches, that of what reads it.
+    """
     running = [layer for layer in layers if layer.kind not in ("norm", "other")]
-    last = {layer.block: layer.name for layer in running if layer.block is not None}
+    last: dict[str | None, str] = {layer.block: layer.name for layer in running if layer.block is not None}
     names = {layer.name for layer in layers}
     modules = {name for name, _ in own.named_modules()}
     owners: list[str | None] = []
-    for node in onnx.load_from_string(graph).graph.node:
+    proto = onnx.load_from_string(graph).graph
+    for node in proto.node:
         reads = next((places[name][0] for name in node.input if name in places), None)
         scope = _scope(node, modules)
         block = next((block for block in last if f"{scope}.".startswith(f"{block}.")), None)
-        rest = None if block is None else last[block]
+        rest = last.get(block)
         owners.append(reads or (scope if scope in names else rest))
-    return owners
+    block_of = {layer.name: layer.block for layer in layers}
+    return _with_constants(proto, owners, block_of=block_of, last=last)
+
+
+def _with_constants(
+    graph: onnx.GraphProto, owners: Sequence[str | None], *, block_of: Mapping[str, str | None],
+    last: Mapping[str | None, str],
+) -> list[str | None]:  # fmt: skip
+    """`owners` with those of constant nodes that are read within one block alone."""
+    found = list(owners)
+    changing = {value.name for value in graph.input}
+    readers: dict[str, set[str | None]] = defaultdict(set)
+    for node in graph.node:
+        if changing & set(node.input):
+            changing |= set(node.output)
+    for index in reversed(range(len(graph.node))):
+        node = graph.node[index]
+        if found[index] is None and not changing & set(node.output):
+            around = {reader and block_of[reader] for name in node.output for reader in readers[name]}
+            found[index] = last.get(around.pop()) if len(around) == 1 else None
+        for name in node.input:
+            readers[name].add(found[index])
+    return found
 
 
 def _scope(node: onnx.NodeProto, modules: Collection[str]) -> str:
