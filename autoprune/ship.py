@@ -36,6 +36,7 @@ FACTORY = {factory!r}
 DROPPED = {dropped!r}  # block -> what stays of it
 SPLIT = {split!r}  # layer that is two now -> channels between them
 NUMBERS = {numbers!r}  # module -> integers that its forward reads, such as how many heads it has
+WIDTHS = ("num_features", "num_channels", "num_parameters")  # of norms and slopes
 ROUNDED = {rounded!r}  # layer that computes in 8-bit integers -> what hands its output on, scale and zero of both
 
 
@@ -79,10 +80,11 @@ def halves(layer, rank):
 
 def fit(layer, name, state):
     """Give one layer the shapes of the stored tensors."""
-    weight = state.get(f"{{name}}.weight", state.get(f"{{name}}.running_mean"))
+    prefix = f"{{name}}." if name else ""
+    weight = state.get(f"{{prefix}}weight", state.get(f"{{prefix}}running_mean"))
     if weight is None:
-        return
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        pass
+    elif isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         if layer.groups == layer.in_channels == layer.out_channels > 1:
             layer.groups = layer.in_channels = weight.shape[0]
         else:
@@ -90,14 +92,19 @@ def fit(layer, name, state):
         layer.out_channels = weight.shape[0]
     elif isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = weight.shape
-    elif isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
-        layer.num_features = weight.shape[0]
+    elif isinstance(layer, nn.Embedding):
+        layer.embedding_dim = weight.shape[1]
+    elif isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
+        layer.normalized_shape = tuple(weight.shape)
+    for attribute in WIDTHS:
+        if weight is not None and isinstance(getattr(layer, attribute, None), int):
+            setattr(layer, attribute, weight.shape[0])
     for key, tensor in list(layer.named_parameters(recurse=False)):
-        stored = state[f"{{name}}.{{key}}"]
+        stored = state[f"{{prefix}}{{key}}"]
         if tensor.shape != stored.shape:
             setattr(layer, key, nn.Parameter(torch.empty_like(stored)))
     for key, tensor in list(layer.named_buffers(recurse=False)):
-        stored = state[f"{{name}}.{{key}}"]
+        stored = state.get(f"{{prefix}}{{key}}", tensor)
         if tensor.shape != stored.shape:
             setattr(layer, key, torch.empty_like(stored))
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from autoprune.bank.calibrate import LayerStatistics
 from autoprune.methods.base import Activity, Consumer, Need, UnitView
-from autoprune.model.coupling import CONVOLUTIONS, NORMS, Group, Member, is_depthwise
+from autoprune.model.coupling import CONVOLUTIONS, NORMS, Group, Member, Slab, is_depthwise
 from autoprune.model.flow import norm_scale
 
 
@@ -46,6 +46,7 @@ def unit_view(
     """What methods with `needs` may see of one group. `norms` maps a layer to the norm that follows it."""
     modules = dict(model.named_modules())
     producers = [_rows(modules[m.layer], m) for m in group.on("out") if not is_depthwise(modules[m.layer])]
+    producers += [_slab_rows(model.get_parameter(slab.parameter), slab) for slab in group.slabs]
     scales = [_gammas(modules[m.layer], m) for m in group.on("norm")]
     consumers = [
         consumer_view(m, model, statistics[m.layer], norm=norms.get(m.layer), moments="moments" in needs)
@@ -66,7 +67,7 @@ def unit_view(
     return UnitView(
         name=group.root,
         width=group.width,
-        producers=tuple(producers),
+        producers=tuple(rows for rows in producers if rows.shape[1]),
         norm_scales=tuple(scale for scale in scales if scale is not None),
         consumers=tuple(consumers),
         activity=activity if "activity" in needs else None,
@@ -104,6 +105,14 @@ def _rows(layer: nn.Module, member: Member) -> Tensor:
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight.detach().double().flatten(1)[member.positions].flatten(1)  # (width, fan-in * positions)
+
+
+def _slab_rows(parameter: Tensor, slab: Slab) -> Tensor:
+    """Numbers of each channel in a parameter outside layers, (width, numbers); none of a vector, which only scales."""
+    if parameter.ndim < 2:
+        return torch.zeros(len(slab.positions), 0, dtype=torch.float64)
+    rows = parameter.detach().double().movedim(slab.dim, 0).flatten(1)
+    return rows[slab.positions].flatten(1)
 
 
 def _gammas(norm: nn.Module, member: Member) -> Tensor | None:

@@ -23,6 +23,7 @@ from autoprune.model.axes import Axes
 from autoprune.model.axis_moves import broadcast
 from autoprune.model.axis_op import Dims, Op, Rule
 from autoprune.model.axis_rules import RULES
+from autoprune.model.products import Product, products_of
 
 STATISTICS = (nn.modules.batchnorm._BatchNorm,)
 """Modules whose buffers are cut with their parameters."""
@@ -38,6 +39,8 @@ class Traced:
     """How often each module ran, in the order in which they first ended."""
     shaped: list[tuple[str, Dims]] = field(default_factory=list)
     """For every reshape, split or expansion: the module that ran it, and what came of it."""
+    products: list[Product] = field(default_factory=list)
+    """Every product, in execution order."""
 
     def shapers(self, axis: int) -> tuple[str, ...]:
         """The modules that reshape an axis, in execution order."""
@@ -111,6 +114,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         op = Op(plain, self.traced.axes, args, tensors, outputs, self.dims_of, self.is_static, self.module, in_norm)
         static = all(self.is_static(tensor) for tensor in tensors)
         found = self._found(op, pointwise=torch.Tag.pointwise in func.tags)
+        self.traced.products += products_of(op)
         for tensor, dims in zip(outputs, found, strict=True):
             self.know(tensor, dims, static=static)
         if plain in ("view", "_unsafe_view", "split", "split_with_sizes", "slice", "expand", "native_group_norm"):
@@ -162,6 +166,9 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and modules that run as written, for the time of the block."""
     training = [module for module in model.modules() if module.training]
     fused = torch.backends.mha.get_fastpath_enabled()
+    # oneDNN runs an LSTM as one operation, in which nothing can be seen.
+    is_hidden = any(isinstance(module, nn.LSTM) for module in model.modules())
+    flags = torch.backends.mkldnn.set_flags(False) if is_hidden else None  # type: ignore[no-untyped-call]
     try:
         for module in training:
             module.training = False
@@ -169,6 +176,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
+        if flags is not None:
+            torch.backends.mkldnn.set_flags(*flags)  # type: ignore[no-untyped-call]
         for module in training:
             module.training = True
 

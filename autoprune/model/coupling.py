@@ -118,14 +118,10 @@ class _Side:
     """The parameter and its dimension, where the layer is none of those that have sides."""
 
 
-def coupled_groups(
-    model: nn.Module, example: Tensor, *, slabs: bool = False
-) -> tuple[tuple[Candidate, ...], tuple[Refused, ...]]:
+def coupled_groups(model: nn.Module, example: Tensor) -> tuple[tuple[Candidate, ...], tuple[Refused, ...]]:
     """All groups of coupled channels of `model`, each named by its first layer in execution order.
 
-    `example` is a batch the model accepts. With `slabs`, also groups that reach parameters outside convolutions,
-    linear layers and batch norms; without, those are refused. Raises ModelError when the model cannot be run under
-    observation.
+    `example` is a batch the model accepts. Raises ModelError when the model cannot be run under observation.
     """
     try:
         traced = trace(model, example)
@@ -135,7 +131,7 @@ def coupled_groups(
             "use `space: blocks` to search over blocks alone, or protect the part that fails by a glob"
         ) from error
     order = {name: place for place, name in enumerate(traced.runs)}
-    sides = sorted(_sides(model, traced, slabs=slabs), key=lambda side: order.get(side.layer, len(order)))
+    sides = sorted(_sides(model, traced), key=lambda side: order.get(side.layer, len(order)))
     by_axis: dict[int, list[_Side]] = {}
     for side in sides:
         for axis in sorted(traced.axes.leaves(side.expr)):
@@ -169,7 +165,7 @@ def _told(groups: Sequence[Group], refused: Sequence[tuple[Refused, _Side, int]]
             yield entry
 
 
-def _sides(model: nn.Module, traced: Traced, *, slabs: bool) -> Iterator[_Side]:
+def _sides(model: nn.Module, traced: Traced) -> Iterator[_Side]:
     """Every side of everything that has parameters, with its dimension."""
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
@@ -181,8 +177,8 @@ def _sides(model: nn.Module, traced: Traced, *, slabs: bool) -> Iterator[_Side]:
                 refusal = f"{first} and {name} share their weights"
         if traced.runs[name] > 1:
             refusal = f"{name} is run more than once in a forward pass"
-        if not slabs and own and not isinstance(module, CUTTABLE):
-            refusal = f"{name or 'the model itself'} ({type(module).__name__}) has parameters that cannot be cut"
+        elif isinstance(module, CUTTABLE) and not traced.runs[name]:
+            refusal = f"{name} is not run itself: something else uses its weights"
         yield from _sides_of(name, module, own, traced, refusal)
 
 
@@ -222,9 +218,16 @@ def _refusal(axis: int, sides: Sequence[_Side], traced: Traced) -> str | None:
     refusal = next((side.refusal for side in sides if side.refusal), None)
     if refusal is not None:
         return refusal
-    if not any(side.axis == "in" for side in sides):
-        return "no layer reads its channels"
-    return None
+    return None if any(side.axis == "in" for side in sides) else _unread(sides)
+
+
+def _unread(sides: Sequence[_Side]) -> str:
+    """Methods rank channels by what reads them, and what is left is mended there: some layer must."""
+    matrices = (side.layer for side in sides if side.parameter is not None and side.axis == "out")
+    outside = next((layer for layer in matrices if layer != sides[0].layer), None)
+    return "no layer reads its channels" if outside is None else (
+        f"no convolution or linear layer reads its channels, only other parameters, of {outside or 'the model itself'}"
+    )  # fmt: skip
 
 
 def _group(axis: int, root: _Side, sides: Sequence[_Side], axes: Axes) -> Group | Refused:

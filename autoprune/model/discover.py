@@ -44,12 +44,11 @@ class Anatomy:
 
 def discover(
     model: nn.Module, example: Tensor, *, protect: Sequence[str] = (), channels: bool = True, blocks: bool = True,
-    weights: bool = False, dense_layers: Sequence[str] = (), slabs: bool = False,
+    weights: bool = False, dense_layers: Sequence[str] = (),
 ) -> Anatomy:  # fmt: skip
     """All units of `model` but those that `protect`'s globs name by any of their layers.
 
     With `weights`, also one for the weights inside each layer that is one matrix, but for `dense_layers` (globs).
-    With `slabs`, also channels that reach parameters outside convolutions, linear layers and batch norms.
     `example` is a small batch of real data. Raises ConfigError for a glob that matches nothing, ModelError when the
     model cannot be traced or nothing in it can be pruned.
     """
@@ -57,7 +56,7 @@ def discover(
     for key, glob in (*(("protect", glob) for glob in protect), *(("dense_layers", glob) for glob in dense_layers)):
         if not fnmatch.filter(names, glob):
             raise ConfigError(f"space.{key}: {glob!r} matches no module of the model; {near_miss(glob, names)}")
-    found_groups, refused = coupled_groups(model, example, slabs=slabs) if channels else ((), ())
+    found_groups, refused = coupled_groups(model, example) if channels else ((), ())
     is_free = {entry.group.root: not _is_protected(_layers_of(entry.group), protect) for entry in found_groups}
     protected = [Refused(root, "protected") for root, free in is_free.items() if not free]
     groups, wrong = _tested(model, example, [entry for entry in found_groups if is_free[entry.group.root]])
@@ -66,7 +65,9 @@ def discover(
     order = {name: position for position, (name, _) in enumerate(model.named_modules())}
     units = sorted((*_channel_units(model, groups, found), *_block_units(found)), key=lambda unit: order[unit.name])
     if weights:
-        units += _weight_units(model, example, found, dense=(*protect, *dense_layers))
+        within, shared = _weight_units(model, example, found, dense=(*protect, *dense_layers))
+        units += within
+        refused = (*refused, *shared)
     if not units:
         reasons = "; ".join(f"{entry.root}: {entry.reason}" for entry in (*refused, *protected, *wrong))
         raise ModelError(f"nothing in this model can be pruned ({reasons or 'no convolution or linear layer found'})")
@@ -75,7 +76,9 @@ def discover(
 
 
 def _layers_of(group: Group) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(member.layer for member in group.members))
+    """The modules that a group's channels reach; the model itself is none."""
+    outside = (slab.module for slab in group.slabs if slab.module)
+    return tuple(dict.fromkeys((*(member.layer for member in group.members), *outside)))
 
 
 def _is_protected(layers: Collection[str], globs: Sequence[str]) -> bool:
@@ -92,7 +95,7 @@ def _channel_units(model: nn.Module, groups: Sequence[Group], blocks: Sequence[B
     units = []
     for group in groups:
         layers = _layers_of(group)
-        parent = next((block.name for block in blocks if set(layers) <= set(block.layers)), None)
+        parent = next((block.name for block in blocks if set(layers) <= {block.name, *block.layers}), None)
         units.append(Unit(group.root, _kind(model, group), group.width, layers, parent))
     return units
 
@@ -109,18 +112,28 @@ def _block_units(blocks: Sequence[Block]) -> list[Unit]:
     return [Unit(block.name, "block", 1, block.layers) for block in blocks]
 
 
-def _weight_units(model: nn.Module, example: Tensor, blocks: Sequence[Block], *, dense: Sequence[str]) -> list[Unit]:
-    """One for each layer that runs once and is one matrix, in execution order."""
+def _weight_units(
+    model: nn.Module, example: Tensor, blocks: Sequence[Block], *, dense: Sequence[str]
+) -> tuple[list[Unit], list[Refused]]:
+    """One for each layer that runs once and is one matrix, in execution order; and those that share their weights."""
     modules = dict(model.named_modules())
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    refused = []
     runs = Counter(call.name for call in calls(model, example))
     units = []
     for name, times in runs.items():
         layer = modules[name]
         if times > 1 or not is_matrix(layer) or _is_protected((name,), dense):
             continue
+        others = [other for other in names.get(id(layer.weight), ()) if other != f"{name}.weight"]
+        if others:
+            refused.append(Refused(f"{name}.weight", f"{others[0]} is the same tensor, and would change with it"))
+            continue
         parent = next((block.name for block in blocks if name in block.layers), None)
         units.append(Unit(f"{name}.weight", "weights", layer.weight.numel(), (name,), parent, len(layer.weight)))
-    return units
+    return units, refused
 
 
 def _tested(
