@@ -56,6 +56,7 @@ class Number:
 
     module: str
     attribute: str
+    """Its name; with a dot, one step inside it: `config.heads`, `sizes.1`."""
     each: int
 
 

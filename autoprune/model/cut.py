@@ -109,7 +109,7 @@ def cut(model: nn.Module, plan: CutPlan, mended: Mapping[str, Mended] | None = N
     """A smaller copy of `model`. `mended` gives new input-side weights of layers that stay."""
     smaller = copy.deepcopy(model)
     for (name, attribute), value in plan.numbers.items():
-        setattr(smaller.get_submodule(name), attribute, value)
+        set_number(smaller.get_submodule(name), attribute, value)
     for (parameter, dim), indices in plan.slabs.items():
         _narrow_parameter(smaller, parameter, dim, indices)
     for block in plan.dropped:
@@ -119,6 +119,27 @@ def cut(model: nn.Module, plan: CutPlan, mended: Mapping[str, Mended] | None = N
     for name in dict.fromkeys((*plan.layers, *new)):
         _narrow(modules[name], plan.layers.get(name, Kept()), new.get(name))
     return smaller
+
+
+def set_number(module: nn.Module, path: str, value: int) -> None:
+    """Write an integer that the forward pass of our own copy reads: an attribute, or one step inside it.
+
+    What holds it may be shared with other modules (a configuration is): this one gets a copy of its own.
+    """
+    name, _, key = path.partition(".")
+    if not key:
+        setattr(module, name, value)
+        return
+    held = copy.copy(getattr(module, name))
+    if isinstance(held, tuple):
+        held = (*held[: int(key)], value, *held[int(key) + 1 :])
+    elif isinstance(held, list):
+        held[int(key)] = value
+    elif isinstance(held, dict):
+        held[key] = value
+    else:
+        setattr(held, key, value)
+    setattr(module, name, held)
 
 
 def _narrow_parameter(model: nn.Module, path: str, dim: int, indices: Tensor) -> None:
