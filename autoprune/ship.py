@@ -106,6 +106,8 @@ def fit(layer, name, state):
         stored = state[f"{{name}}.{{key}}"]
         if tensor.shape != stored.shape:
             setattr(layer, key, torch.empty_like(stored))
+    if isinstance(layer, nn.RNNBase):
+        layer.input_size, layer.hidden_size = layer.weight_ih_l0.shape[1], layer.weight_hh_l0.shape[1]
 
 
 def set_number(module, path, value):

@@ -306,9 +306,7 @@ def test_the_rebuild_script_makes_the_plain_modules(tmp_path: Path) -> None:
     applied = Applied(cast(Policy, None), smaller, plan, Weights({}, ()), {}, {}, plain.kinds)
     folder = tmp_path / "out"
     folder.mkdir()
-    write_model(
-        applied, example=example, factory="own.py:dense", source=tmp_path, folder=folder, progress=Silent()
-    )
+    write_model(applied, example=example, factory="own.py:dense", source=tmp_path, folder=folder, progress=Silent())
     with torch.no_grad():
         torch.save((example, smaller(example)), folder / "wanted.pt")
     lines = (

@@ -24,6 +24,8 @@ def matmul(op: Op) -> Dims:
     left, right = (op.args[name] for name in names)
     a, b = op.dims_of(left), op.dims_of(right)
     over = op.same(a[-1], b[max(len(b) - 2, 0)])
+    op.read(left, over)
+    op.read(right, over)
     if not op.is_static(left) and not op.is_static(right):
         op.axes.pin(over, op.why("multiplies two activations over it (the width of a head)"))
     found = [*(op.same(x, y) for x, y in zip(a[:-2], b[:-2], strict=False)), a[-2], *(b[-1:] if len(b) > 1 else ())]
@@ -61,7 +63,7 @@ def convolution(op: Op) -> Dims:
     made, read = (1, 0) if op.args["transposed"] else (0, 1)
     out = weight[made]
     if groups == 1:
-        op.same(inputs[1], weight[read])
+        op.read(op.args["weight"], op.same(inputs[1], weight[read]))
     elif groups == op.axes.size(inputs[1]) == op.axes.size(weight[0]) and op.axes.size(weight[1]) == 1:
         out = op.same(inputs[1], weight[0])
     else:
@@ -121,7 +123,7 @@ RULES: Mapping[str, Rule] = {
     **_each(moves.select, "select"),
     **_each(moves.unbind, "unbind"),
     **_each(moves.slice_, "slice"),
-    **_each(moves.split, "split split_with_sizes"),
+    **_each(moves.split, "split split_with_sizes unsafe_split unsafe_split_with_sizes"),
     **_each(moves.glu, "glu"),
     **_each(moves.cat, "cat"),
     **_each(moves.stack, "stack"),

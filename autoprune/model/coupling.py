@@ -6,7 +6,7 @@ stay. What it says is tested by the caller (`discover`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeGuard
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from autoprune.errors import ModelError
 from autoprune.model.axes import Axes, Expr
-from autoprune.model.axis_op import HEAD_WIDTH, HEADS
+from autoprune.model.axis_op import HEAD_WIDTH, HEADS, PARTS
 from autoprune.model.axis_trace import Traced, trace
 
 Axis = Literal["out", "in", "both", "norm"]
@@ -43,6 +43,8 @@ class Slab:
     dim: int
     size: int
     positions: Tensor
+    reads: bool = False
+    """Whether the parameter multiplies the channels and sums over them there, as a layer does with its inputs."""
 
     @property
     def module(self) -> str:
@@ -73,6 +75,11 @@ class Group:
     slabs: tuple[Slab, ...] = ()
     numbers: tuple[Number, ...] = ()
     heads: bool = False
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers with members, and the modules that hold parameters with slabs."""
+        return tuple(dict.fromkeys((*(m.layer for m in self.members), *(s.module for s in self.slabs if s.module))))
 
     def on(self, *axes: Axis) -> tuple[Member, ...]:
         """The members on the given sides."""
@@ -117,6 +124,12 @@ class _Side:
     refusal: str | None = None
     parameter: tuple[str, int] | None = None
     """The parameter and its dimension, where the layer is none of those that have sides."""
+    reads: frozenset[int] = frozenset()
+    """The axes that such a parameter reads."""
+
+    def has_read(self, axis: int) -> bool:
+        """Whether the channels of an axis are inputs on this side."""
+        return axis in self.reads if self.parameter is not None else self.axis == "in"
 
 
 def coupled_groups(
@@ -144,8 +157,8 @@ def coupled_groups(
     candidates: list[Candidate] = []
     refused: list[tuple[Refused, _Side, int]] = []
     for axis, touched in by_axis.items():
-        makers = [side for side in touched if side.axis in ("out", "both") and side.layer and side.layer in order]
-        if not makers or not any(side.parameter is None for side in touched):
+        makers = [side for side in touched if _makes(side, axis) and side.layer and side.layer in order]
+        if not makers or not any(side.parameter is None or side.has_read(axis) for side in touched):
             continue
         reason = _refusal(axis, touched, traced)
         entry = Refused(makers[0].layer, reason) if reason else _group(axis, makers[0], touched, traced.axes)
@@ -156,18 +169,40 @@ def coupled_groups(
     chosen, overlapping = _apart(candidates)
     chosen.sort(key=lambda candidate: order[candidate.group.root])
     told = _told([candidate.group for candidate in chosen], refused, traced.axes)
-    return tuple(chosen), (*told, *overlapping)
+    return tuple(chosen), (*told, *overlapping, *_computed(model, {layer for c in chosen for layer in c.group.layers}))
+
+
+def _computed(model: nn.Module, touched: Collection[str]) -> Iterator[Refused]:
+    """Layers that have no weight but compute one (spectral norm, and other parametrisations), where nothing is cut."""
+    for name, module in model.named_modules():
+        held = {key for key, _ in module.named_parameters(recurse=False)}
+        if (
+            isinstance(module, (*CONVOLUTIONS, nn.Linear))
+            and "weight" not in held
+            and not any(layer == name or layer.startswith(f"{name}.") for layer in touched)
+        ):
+            yield Refused(name, "its weight is computed in every forward pass from other parameters")
+
+
+def _makes(side: _Side, axis: int) -> bool:
+    return side.axis in ("out", "both") and not side.has_read(axis)
 
 
 def _told(groups: Sequence[Group], refused: Sequence[tuple[Refused, _Side, int]], axes: Axes) -> Iterator[Refused]:
-    """One refusal a layer, and none of what lies across a group: the heads' width where heads may go, say."""
+    """One refusal a layer, and none of what lies across a group: the heads' width where heads may go, say.
+
+    That three projections are made in one, which is why their number stays, says nothing of the channels of each.
+    """
     roots = {group.root for group in groups}
     taken = {(m.layer, m.axis, place) for g in groups for m in g.members for place in m.positions.flatten().tolist()}
+    first: dict[str, Refused] = {}
     for entry, side, axis in refused:
         places = (place for part in axes.places(side.expr)[0][axis] for place in part)
-        if entry.root not in roots and not any((side.layer, side.axis, place) in taken for place in places):
-            roots.add(entry.root)
-            yield entry
+        if entry.root in roots or any((side.layer, side.axis, place) in taken for place in places):
+            continue
+        if entry.root not in first or first[entry.root].reason.endswith(PARTS):
+            first[entry.root] = entry
+    return iter(first.values())
 
 
 def _sides(model: nn.Module, traced: Traced, *, slabs: bool) -> Iterator[_Side]:
@@ -180,6 +215,8 @@ def _sides(model: nn.Module, traced: Traced, *, slabs: bool) -> Iterator[_Side]:
             first = owners.setdefault(id(getattr(module, key)), name)
             if first != name:
                 refusal = f"{first} and {name} share their weights"
+        if isinstance(module, nn.RNNBase) and module.proj_size > 0:
+            refusal = f"{name} projects its state (proj_size)"
         if traced.runs[name] > 1:
             refusal = f"{name} is run more than once in a forward pass"
         if not slabs and own and not isinstance(module, CUTTABLE):
@@ -206,7 +243,7 @@ def _sides_of(
         for path in own.values():
             made: Axis = "out" if len(traced.dims[path]) > 1 else "norm"
             for dim, expr in enumerate(traced.dims[path]):
-                yield _Side(name, made, expr, refusal=refusal, parameter=(path, dim))
+                yield _Side(name, made, expr, refusal=refusal, parameter=(path, dim), reads=traced.read_by(path, dim))
 
 
 def _refusal(axis: int, sides: Sequence[_Side], traced: Traced) -> str | None:
@@ -223,7 +260,7 @@ def _refusal(axis: int, sides: Sequence[_Side], traced: Traced) -> str | None:
     refusal = next((side.refusal for side in sides if side.refusal), None)
     if refusal is not None:
         return refusal
-    if not any(side.axis == "in" for side in sides):
+    if not any(side.has_read(axis) for side in sides):
         return "no layer reads its channels"
     return None
 
@@ -242,7 +279,7 @@ def _group(axis: int, root: _Side, sides: Sequence[_Side], axes: Axes) -> Group 
         if side.parameter is None:
             members.append(Member(side.layer, side.axis, positions))
         else:
-            slabs.append(Slab(*side.parameter, step, positions))
+            slabs.append(Slab(*side.parameter, step, positions, side.has_read(axis)))
     heads = HEADS in axes.marks_of(axis)
     return Group(root.layer, axes.width(axis), tuple(members), tuple(slabs), heads=heads)
 

@@ -156,6 +156,10 @@ def _narrow_parameter(model: nn.Module, path: str, dim: int, indices: Tensor) ->
         module.normalized_shape = tuple(smaller.shape)
     elif isinstance(module, nn.GroupNorm):
         module.num_channels = len(smaller)
+    elif isinstance(module, nn.RNNBase):
+        read, own = module.get_parameter("weight_ih_l0"), module.get_parameter("weight_hh_l0")
+        module.input_size, module.hidden_size = read.shape[1], own.shape[1]
+        module._init_flat_weights()
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -58,7 +58,7 @@ def discover(
         if not fnmatch.filter(names, glob):
             raise ConfigError(f"space.{key}: {glob!r} matches no module of the model; {near_miss(glob, names)}")
     found_groups, refused = coupled_groups(model, example, slabs=slabs) if channels else ((), ())
-    is_free = {entry.group.root: not _is_protected(_layers_of(entry.group), protect) for entry in found_groups}
+    is_free = {entry.group.root: not _is_protected(entry.group.layers, protect) for entry in found_groups}
     protected = [Refused(root, "protected") for root, free in is_free.items() if not free]
     groups, wrong = _tested(model, example, [entry for entry in found_groups if is_free[entry.group.root]])
     found = droppable_blocks(model, example) if blocks else ()
@@ -74,10 +74,6 @@ def discover(
     return Anatomy(tuple(units), groups, found, (*refused, *protected, *wrong), architecture, side_widths(model))
 
 
-def _layers_of(group: Group) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(member.layer for member in group.members))
-
-
 def _is_protected(layers: Collection[str], globs: Sequence[str]) -> bool:
     inside = [ancestor for layer in layers for ancestor in _with_ancestors(layer)]
     return any(fnmatch.filter(inside, glob) for glob in globs)
@@ -91,9 +87,8 @@ def _with_ancestors(name: str) -> list[str]:
 def _channel_units(groups: Sequence[Group], blocks: Sequence[Block]) -> list[Unit]:
     units = []
     for group in groups:
-        layers = _layers_of(group)
-        parent = next((block.name for block in blocks if set(layers) <= set(block.layers)), None)
-        units.append(Unit(group.root, "channels", group.width, layers, parent))
+        parent = next((block.name for block in blocks if set(group.layers) <= set(block.layers)), None)
+        units.append(Unit(group.root, "channels", group.width, group.layers, parent))
     return units
 
 
@@ -169,6 +164,10 @@ def _masked(model: nn.Module, groups: Sequence[Group], kept: dict[str, Tensor]) 
                 weight = layer.weight
                 assert isinstance(weight, Tensor)
                 _mask_inputs(weight, member.positions[removed].flatten(), getattr(layer, "groups", 1))
+            for slab in group.slabs:
+                if slab.reads:
+                    parameter = copied.get_parameter(slab.parameter)
+                    parameter.index_fill_(slab.dim, slab.positions[removed].flatten(), 0)
     return copied
 
 

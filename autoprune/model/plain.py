@@ -1,7 +1,8 @@
 """Which modules of a model are opaque, and the copy in which plain ones stand in for them.
 
-Opaque is what computes with weights that no layer of its own holds: attention of `nn.MultiheadAttention`, a linear
-layer whose weight lies the other way round, a weight that is computed from its norm. Which they are and how they are
+Opaque is what computes with weights that no layer of its own holds: attention of `nn.MultiheadAttention`, the layers
+and directions of a recurrent network, a linear layer whose weight lies the other way round, a weight that is computed
+from its norm. Which they are and how they are
 used is seen in runs of the model; that the copy computes the same is checked in another.
 """
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils._pytree import tree_map_only
 
 from autoprune.model.plain_modules import stand_in
 from autoprune.nest import Nested, tensors_of
@@ -85,12 +87,20 @@ def _kinds(model: nn.Module, example: Tensor) -> dict[str, tuple[str, ...]]:
             continue
         if type(module) is nn.MultiheadAttention and module.bias_k is None and not module.add_zero_attn:
             kinds[name] = ("attention",)
+        elif _is_many(module):
+            kinds[name] = ("recurrent",)
         elif _has_weight_norm(module):
             kinds[name] = ("weight norm",)
         elif _is_transposed(module):
             kinds[name] = ("transposed",)
-    attentions = [name for name, how in kinds.items() if how == ("attention",)]
-    return kinds | _uses(model, example, attentions)
+    return _used(model, example, kinds)
+
+
+def _is_many(module: nn.Module) -> bool:
+    """Whether a recurrent module holds several, of one width."""
+    if type(module) not in (nn.LSTM, nn.GRU, nn.RNN) or not isinstance(module, nn.RNNBase):
+        return False
+    return module.proj_size == 0 and (module.num_layers > 1 or module.bidirectional)
 
 
 def _has_weight_norm(module: nn.Module) -> bool:
@@ -122,31 +132,41 @@ def _is_transposed(module: nn.Module) -> bool:
         return False
 
 
-def _uses(model: nn.Module, example: Tensor, names: list[str]) -> dict[str, tuple[str, ...]]:
-    """How each attention is used: on one tensor alone (`fused`), and with weights that nobody reads (`silent`)."""
-    if not names:
-        return {}
+def _used(model: nn.Module, example: Tensor, kinds: Kinds) -> dict[str, tuple[str, ...]]:
+    """`kinds` with how attention is used: on one tensor alone (`fused`), with weights that nobody reads (`silent`).
+
+    Recurrent modules that are given states, or packed sequences, or whose states are read, are not among them.
+    """
     modules = dict(model.named_modules())
-    calls: dict[str, list[tuple[Any, Mapping[str, Any]]]] = {name: [] for name in names}
+    calls: dict[str, list[tuple[Any, Mapping[str, Any]]]] = {
+        name: [] for name, how in kinds.items() if how[0] in ("attention", "recurrent")
+    }
 
     def note(name: str) -> Any:
         return lambda _module, args, kwargs: calls[name].append((args, kwargs))
 
     with _slow_attention(), torch.no_grad():
-        handles = [modules[name].register_forward_pre_hook(note(name), with_kwargs=True) for name in names]
+        handles = [modules[name].register_forward_pre_hook(note(name), with_kwargs=True) for name in calls]
         try:
-            wanted = model(example)
+            wanted = model(example) if calls else None
         finally:
             for handle in handles:
                 handle.remove()
-        uses = {}
-        for name in names:
-            module = modules[name]
-            assert isinstance(module, nn.MultiheadAttention)
-            fused = module._qkv_same_embed_dim and all(_is_of_one(*call) for call in calls[name])
-            silent = _is_unread(model, module, example, wanted)
-            uses[name] = ("attention", *(["fused"] if fused else []), *(["silent"] if silent else []))
+        uses: dict[str, tuple[str, ...]] = {}
+        for name, how in kinds.items():
+            unread = name in calls and _is_unread(model, modules[name], example, wanted)
+            if how[0] == "attention":
+                fused = bool(modules[name]._qkv_same_embed_dim) and all(_is_of_one(*call) for call in calls[name])
+                uses[name] = (*how, *(["fused"] if fused else []), *(["silent"] if unread else []))
+            elif how[0] != "recurrent" or (unread and all(_is_plain_call(*call) for call in calls[name])):
+                uses[name] = how
     return uses
+
+
+def _is_plain_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a recurrent module got a tensor and no state."""
+    given = [*args, *(value for value in kwargs.values() if value is not None)]
+    return len([value for value in given if value is not None]) == 1 and isinstance(given[0], Tensor)
 
 
 def _is_of_one(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -156,11 +176,10 @@ def _is_of_one(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
 
 
 def _is_unread(model: nn.Module, module: nn.Module, example: Tensor, wanted: Nested) -> bool:
-    """Whether the model computes the same whatever the attention weights are that `module` returns."""
+    """Whether the model computes the same whatever `module` returns beside its output: attention weights, states."""
 
     def spoil(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        weights = output[1]
-        return output if weights is None else (output[0], torch.full_like(weights, math.nan))
+        return output[0], tree_map_only(Tensor, lambda beside: torch.full_like(beside, math.nan), output[1])
 
     handle = module.register_forward_hook(spoil)
     try:

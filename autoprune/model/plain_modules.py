@@ -104,6 +104,45 @@ class Attention(nn.Module):
         return sum(floats[1:], floats[0]) if floats else None
 
 
+class Recurrent(nn.Module):
+    """What `nn.LSTM`, `nn.GRU` or `nn.RNN` of several layers or directions computes, by one module for each of them.
+
+    Each has a width of its own. Nobody reads the final states, so none are returned.
+    """
+
+    def __init__(self, other: Any) -> None:
+        super().__init__()
+        self.batch_first, self.dropout, self.num_layers = other.batch_first, other.dropout, other.num_layers
+        self.directions = ("", "_reverse") if other.bidirectional else ("",)
+        for layer in range(other.num_layers):
+            for direction in self.directions:
+                held = {key: getattr(other, f"{key}_l{layer}{direction}").detach() for key in self._keys(other)}
+                own = type(other)(
+                    held["weight_ih"].shape[1], other.hidden_size, bias=other.bias, batch_first=other.batch_first,
+                    device=held["weight_ih"].device, dtype=held["weight_ih"].dtype,
+                    **({"nonlinearity": other.nonlinearity} if isinstance(other, nn.RNN) else {}),
+                )  # fmt: skip
+                own.load_state_dict({f"{key}_l0": weight for key, weight in held.items()})
+                self.add_module(f"l{layer}{direction}", own)
+
+    @staticmethod
+    def _keys(other: Any) -> tuple[str, ...]:
+        return ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if other.bias else ()))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """Outputs of the last layer, the directions side by side."""
+        time = 1 if self.batch_first and x.dim() == 3 else 0
+        for layer in range(self.num_layers):
+            if layer and self.dropout:
+                x = functional.dropout(x, self.dropout, self.training)
+            parts = []
+            for direction in self.directions:
+                own = self.get_submodule(f"l{layer}{direction}")
+                parts.append(own(x.flip(time))[0].flip(time) if direction else own(x)[0])
+            x = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+        return x, None
+
+
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A linear layer with these weights (outputs, inputs)."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype)
@@ -127,6 +166,8 @@ def plain(module: Any, how: tuple[str, ...]) -> nn.Module:
     """What stands in for `module`: its kind first, then how it is used."""
     if how[0] == "attention":
         return Attention(module, fused="fused" in how, silent="silent" in how)
+    if how[0] == "recurrent":
+        return Recurrent(module)
     if how[0] == "transposed":
         bias = getattr(module, "bias", None)
         return linear(module.weight.detach().T.contiguous(), None if bias is None else bias.detach())
