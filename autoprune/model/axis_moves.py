@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from autoprune.model.axes import ONE
-from autoprune.model.axis_op import PARTS, SPACE, Dims, Op
+from autoprune.model.axis_op import NORMALISED, PARTS, SPACE, Dims, Op
 
 
 def broadcast(op: Op) -> Dims:
@@ -198,7 +198,7 @@ def reduce(op: Op) -> list[Dims]:
     places = {place % len(dims) for place in places}
     for place in places:
         if op.in_norm:
-            op.axes.mark(dims[place], f"normalised by {op.module}")
+            op.axes.mark(dims[place], NORMALISED + op.module)
         else:
             op.axes.pin(dims[place], op.why("reduces over it"))
     keeps = op.outputs[0].ndim == len(dims)

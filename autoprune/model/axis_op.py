@@ -15,6 +15,7 @@ Rule = Callable[["Op"], "Dims | list[Dims]"]
 
 HEADS = "heads"
 HEAD_WIDTH = "the width of a head"
+NORMALISED = "normalised by "
 PARTS = "splits it in a fixed number of parts"
 SPACE = "it is a position in space or time, not a channel"
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from autoprune.model import axis_moves as moves
 from autoprune.model.axes import Expr
-from autoprune.model.axis_op import HEAD_WIDTH, HEADS, SPACE, Dims, Op, Rule
+from autoprune.model.axis_op import HEAD_WIDTH, HEADS, NORMALISED, SPACE, Dims, Op, Rule
 
 
 def matmul(op: Op) -> Dims:
@@ -94,7 +94,7 @@ def layer_norm(op: Op) -> Dims:
     for place in range(-count, 0):
         given = [op.dims(name)[place] for name in ("weight", "bias") if op.args.get(name) is not None]
         op.same(dims[place], *given)
-        op.axes.mark(dims[place], f"normalised by {op.module}")
+        op.axes.mark(dims[place], NORMALISED + op.module)
     return dims
 
 
@@ -105,7 +105,7 @@ def group_norm(op: Op) -> Dims:
     op.same(dims[1], *given)
     sizes = (groups, op.axes.size(dims[1]) // groups)
     _, inside = op.axes.split(dims[1], sizes, reason=op.why("splits it where something else does not"))
-    op.axes.mark(inside, f"normalised by {op.module}")
+    op.axes.mark(inside, NORMALISED + op.module)
     return dims
 
 

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from autoprune.model.axes import Axes, Expr
 from autoprune.model.axis_moves import broadcast
-from autoprune.model.axis_op import Dims, Op, Rule
+from autoprune.model.axis_op import NORMALISED, Dims, Op, Rule
 from autoprune.model.axis_rules import RULES
 
 STATISTICS = (nn.modules.batchnorm._BatchNorm,)
@@ -56,6 +56,11 @@ class Traced:
         read = frozenset(axis for expr in exprs for axis in self.axes.leaves(expr)) & leaves[dim]
         return frozenset(axis for axis in read if is_summed or axis not in elsewhere)
 
+    def normalised(self, axis: int) -> frozenset[str]:
+        """The modules that scale the channels of an axis by all of them."""
+        marks = self.axes.marks_of(axis)
+        return frozenset(note.removeprefix(NORMALISED) for note in marks if note.startswith(NORMALISED))
+
     def shapers(self, axis: int) -> tuple[str, ...]:
         """The modules that reshape an axis, in execution order."""
         return tuple(dict.fromkeys(m for m, dims in self.shaped if any(axis in self.axes.leaves(e) for e in dims)))
@@ -66,9 +71,12 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
     axes = Axes()
     traced = Traced(axes, {}, Counter())
     mode = _Watch(traced)
+    names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        mode.know(parameter, [axes.fresh(size) for size in parameter.shape], static=True, origins=frozenset((name,)))
-        traced.dims[name] = mode.dims_of(parameter)
+        names.setdefault(parameter, []).append(name)
+    for parameter, shared in names.items():
+        mode.know(parameter, [axes.fresh(size) for size in parameter.shape], static=True, origins=frozenset(shared))
+        traced.dims |= {name: mode.dims_of(parameter) for name in shared}
     for name, buffer in model.named_buffers(remove_duplicate=False):
         owner = model.get_submodule(name.rpartition(".")[0])
         pin = None if isinstance(owner, STATISTICS) else f"the buffer {name} is of its size"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from autoprune.errors import ModelError
 from autoprune.model.axes import Axes, Expr
-from autoprune.model.axis_op import HEAD_WIDTH, HEADS, PARTS
+from autoprune.model.axis_op import HEAD_WIDTH, HEADS, NORMALISED, PARTS
 from autoprune.model.axis_trace import Traced, trace
 
 Axis = Literal["out", "in", "both", "norm"]
@@ -66,7 +66,8 @@ class Number:
 class Group:
     """Channels that can only go together. A channel of a grouped convolution is one from each of its groups.
 
-    `heads` says that the channels are attention heads: each has all positions of its width.
+    `heads` says that the channels are attention heads: each has all positions of its width. `norms` are the modules
+    that scale each channel by all of them: without some, the others are scaled by those that are left.
     """
 
     root: str
@@ -75,6 +76,7 @@ class Group:
     slabs: tuple[Slab, ...] = ()
     numbers: tuple[Number, ...] = ()
     heads: bool = False
+    norms: tuple[str, ...] = ()
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -133,12 +135,13 @@ class _Side:
 
 
 def coupled_groups(
-    model: nn.Module, example: Tensor, *, slabs: bool = False
+    model: nn.Module, example: Tensor, *, slabs: bool = False, hidden: bool = False
 ) -> tuple[tuple[Candidate, ...], tuple[Refused, ...]]:
     """All groups of coupled channels of `model`, each named by its first layer in execution order.
 
     `example` is a batch the model accepts. With `slabs`, also groups that reach parameters outside convolutions,
-    linear layers and batch norms; without, those are refused. Raises ModelError when the model cannot be run under
+    linear layers and batch norms; without, those are refused. With `hidden`, also those that a norm scales by all of
+    them, and weights that two layers share along one dimension. Raises ModelError when the model cannot be run under
     observation.
     """
     try:
@@ -149,7 +152,9 @@ def coupled_groups(
             "use `space: blocks` to search over blocks alone, or protect the part that fails by a glob"
         ) from error
     order = {name: place for place, name in enumerate(traced.runs)}
-    sides = sorted(_sides(model, traced, slabs=slabs), key=lambda side: order.get(side.layer, len(order)))
+    sides = sorted(
+        _sides(model, traced, slabs=slabs or hidden, hidden=hidden), key=lambda side: order.get(side.layer, len(order))
+    )
     by_axis: dict[int, list[_Side]] = {}
     for side in sides:
         for axis in sorted(traced.axes.leaves(side.expr)):
@@ -160,8 +165,8 @@ def coupled_groups(
         makers = [side for side in touched if _makes(side, axis) and side.layer and side.layer in order]
         if not makers or not any(side.parameter is None or side.has_read(axis) for side in touched):
             continue
-        reason = _refusal(axis, touched, traced)
-        entry = Refused(makers[0].layer, reason) if reason else _group(axis, makers[0], touched, traced.axes)
+        reason = _refusal(axis, touched, traced, norms=_norms(model, axis, touched, traced) if hidden else ())
+        entry = Refused(makers[0].layer, reason) if reason else _group(axis, makers[0], touched, traced)
         if isinstance(entry, Refused):
             refused.append((entry, makers[0], axis))
         else:
@@ -205,15 +210,26 @@ def _told(groups: Sequence[Group], refused: Sequence[tuple[Refused, _Side, int]]
     return iter(first.values())
 
 
-def _sides(model: nn.Module, traced: Traced, *, slabs: bool) -> Iterator[_Side]:
+def _norms(model: nn.Module, axis: int, sides: Sequence[_Side], traced: Traced) -> tuple[str, ...]:
+    """The modules that normalise an axis and can do so over fewer channels: those that scale each by a weight of its
+    own, and by all the channels rather than by those of its group.
+    """
+    owned = {side.parameter[0] for side in sides if side.parameter is not None}
+    return tuple(
+        name for name in sorted(traced.normalised(axis))
+        if f"{name}.weight" in owned and not isinstance(model.get_submodule(name), (nn.GroupNorm, *NORMS))
+    )  # fmt: skip
+
+
+def _sides(model: nn.Module, traced: Traced, *, slabs: bool, hidden: bool) -> Iterator[_Side]:
     """Every side of everything that has parameters, with its dimension."""
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
         own = {key: f"{name}.{key}" if name else key for key, _ in module.named_parameters(recurse=False)}
         refusal = None
-        for key in own:
+        for key, path in own.items():
             first = owners.setdefault(id(getattr(module, key)), name)
-            if first != name:
+            if first != name and not (hidden and _is_apart(traced, path)):
                 refusal = f"{first} and {name} share their weights"
         if isinstance(module, nn.RNNBase) and module.proj_size > 0:
             refusal = f"{name} projects its state (proj_size)"
@@ -222,6 +238,12 @@ def _sides(model: nn.Module, traced: Traced, *, slabs: bool) -> Iterator[_Side]:
         if not slabs and own and not isinstance(module, CUTTABLE):
             refusal = f"{name or 'the model itself'} ({type(module).__name__}) has parameters that cannot be cut"
         yield from _sides_of(name, module, own, traced, refusal)
+
+
+def _is_apart(traced: Traced, parameter: str) -> bool:
+    """Whether no axis lies along two dimensions of a parameter."""
+    leaves = [traced.axes.leaves(expr) for expr in traced.dims[parameter]]
+    return len(frozenset[int]().union(*leaves)) == sum(map(len, leaves))
 
 
 def _sides_of(
@@ -246,17 +268,17 @@ def _sides_of(
                 yield _Side(name, made, expr, refusal=refusal, parameter=(path, dim), reads=traced.read_by(path, dim))
 
 
-def _refusal(axis: int, sides: Sequence[_Side], traced: Traced) -> str | None:
+def _refusal(axis: int, sides: Sequence[_Side], traced: Traced, *, norms: Collection[str]) -> str | None:
     """Why no index of an axis may go, if so."""
     pinned = traced.axes.pin_of(axis)
     if pinned is not None:
         return pinned
     if HEAD_WIDTH in traced.axes.marks_of(axis):
         return "it is the width of attention heads, not a number of them"
-    normalised = sorted(note for note in traced.axes.marks_of(axis) if note.startswith("normalised"))
+    normalised = sorted(traced.normalised(axis) - set(norms))
     if normalised:
         more = f" and {len(normalised) - 1} more" if len(normalised) > 1 else ""
-        return f"it is {normalised[0]}{more}: without a channel the others are scaled differently"
+        return f"it is {NORMALISED}{normalised[0]}{more}: without a channel the others are scaled differently"
     refusal = next((side.refusal for side in sides if side.refusal), None)
     if refusal is not None:
         return refusal
@@ -265,8 +287,9 @@ def _refusal(axis: int, sides: Sequence[_Side], traced: Traced) -> str | None:
     return None
 
 
-def _group(axis: int, root: _Side, sides: Sequence[_Side], axes: Axes) -> Group | Refused:
+def _group(axis: int, root: _Side, sides: Sequence[_Side], traced: Traced) -> Group | Refused:
     """The group of an axis, or why its channels cannot be told apart."""
+    axes = traced.axes
     members: list[Member] = []
     slabs: list[Slab] = []
     for side in sides:
@@ -280,8 +303,8 @@ def _group(axis: int, root: _Side, sides: Sequence[_Side], axes: Axes) -> Group 
             members.append(Member(side.layer, side.axis, positions))
         else:
             slabs.append(Slab(*side.parameter, step, positions, side.has_read(axis)))
-    heads = HEADS in axes.marks_of(axis)
-    return Group(root.layer, axes.width(axis), tuple(members), tuple(slabs), heads=heads)
+    heads, norms = HEADS in axes.marks_of(axis), tuple(sorted(traced.normalised(axis)))
+    return Group(root.layer, axes.width(axis), tuple(members), tuple(slabs), heads=heads, norms=norms)
 
 
 def _apart(candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Refused]]:

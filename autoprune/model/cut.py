@@ -113,12 +113,27 @@ def cut(model: nn.Module, plan: CutPlan, mended: Mapping[str, Mended] | None = N
     for (parameter, dim), indices in plan.slabs.items():
         _narrow_parameter(smaller, parameter, dim, indices)
     for block in plan.dropped:
-        _replace(smaller, block.name, Dropped(block.rest))
+        replace_module(smaller, block.name, Dropped(block.rest))
     modules = dict(smaller.named_modules())
     new = mended or {}
     for name in dict.fromkeys((*plan.layers, *new)):
         _narrow(modules[name], plan.layers.get(name, Kept()), new.get(name))
+    _tie(model, smaller)
     return smaller
+
+
+def _tie(model: nn.Module, smaller: nn.Module) -> None:
+    """Parameters that are one in `model` are one again in our own copy, unless their numbers differ now."""
+    shared: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shared.setdefault(parameter, []).append(name)
+    left = dict(smaller.named_parameters(remove_duplicate=False))
+    for names in shared.values():
+        first, *others = [name for name in names if name in left] or [""]
+        for other in others:
+            if left[other] is not left[first] and torch.equal(left[other], left[first]):
+                owner, _, key = other.rpartition(".")
+                smaller.get_submodule(owner).register_parameter(key, left[first])
 
 
 def set_number(module: nn.Module, path: str, value: int) -> None:
@@ -162,7 +177,8 @@ def _narrow_parameter(model: nn.Module, path: str, dim: int, indices: Tensor) ->
         module._init_flat_weights()
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put another module in a place of our own copy."""
     parent, _, child = name.rpartition(".")
     model.get_submodule(parent).register_module(child, module)
 
