@@ -455,7 +455,7 @@ PATTERNS: dict[str, Pattern] = {
     ),
     "multi-head attention": Pattern(
         lambda: Block(nn.MultiheadAttention(8, 2, batch_first=True), SwiGlu()), VECTORS, {"feed.gate": 10},
-        refused={"attention": "it is the model's input"},
+        refused={"attention": "reduces over it"},
     ),
     "squeeze and excite": Pattern(Einsum, IMAGE, {"stem": 8, "squeeze": 4, "last": 6}),
     "groups of a norm": Pattern(
