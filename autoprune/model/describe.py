@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from autoprune.core.architecture import Architecture, Layer, LayerKind, Width
 from autoprune.errors import ModelError
-from autoprune.model.axes import Expr
 from autoprune.model.axis_trace import Traced, trace
 from autoprune.model.blocks import Block
 from autoprune.model.coupling import CONVOLUTIONS, NORMS, Group, is_depthwise
+from autoprune.model.dimensions import Dimensions, two_sided, width_of
 from autoprune.model.observe import Call, calls
 from autoprune.model.products import Product
 
@@ -37,7 +37,7 @@ def describe(model: nn.Module, example: Tensor, *, groups: Sequence[Group], bloc
         traced = trace(model, example[:1])
     except Exception:  # noqa: BLE001 (whatever a foreign model raises when it is watched; discovery tells it)
         traced = None
-    dims = _Dimensions.of(traced, groups) if traced is not None else None
+    dims = Dimensions.of(traced, groups) if traced is not None else None
     products = _products(model, traced, dims, layers, blocks) if traced is not None and dims is not None else ()
     others, params, size = _others(model, layers, dims, blocks)
     return Architecture((*layers, *products, *others), params, size)
@@ -90,11 +90,6 @@ def _sides(groups: Sequence[Group]) -> Sides:
     return sides
 
 
-def _width(total: int, entries: Sequence[tuple[str, int, int]]) -> Width:
-    variable = sum(times * width for _, times, width in entries)
-    return Width(total - variable, tuple((unit, times) for unit, times, _ in entries))
-
-
 def _layer(call: Call, layer: nn.Module, *, sides: Sides, is_shared: Callable[[Tensor], bool]) -> Layer:
     kind: LayerKind
     kernel = groups = positions = 1
@@ -120,8 +115,8 @@ def _layer(call: Call, layer: nn.Module, *, sides: Sides, is_shared: Callable[[T
     each = sum(b.element_size() for b in buffers if b.ndim == 1)
     fixed = sum(b.numel() * b.element_size() for b in buffers if b.ndim != 1)
     return Layer(
-        name=call.name, kind=kind, signature=signature, inputs=_width(ins, sides.get(f"{call.name}/in", ())),
-        outputs=_width(outs, sides.get(f"{call.name}/out", ())), kernel=kernel, groups=groups, positions=positions,
+        name=call.name, kind=kind, signature=signature, inputs=width_of(ins, sides.get(f"{call.name}/in", ())),
+        outputs=width_of(outs, sides.get(f"{call.name}/out", ())), kernel=kernel, groups=groups, positions=positions,
         bias_like=sum(1 for parameter in own.values() if parameter.shape == (outs,)), buffer_bytes_each=each,
         buffer_bytes_fixed=fixed, owned="weight" in own,
     )  # fmt: skip
@@ -133,74 +128,11 @@ def _block_of(name: str, blocks: Sequence[Block]) -> str | None:
     return max(around, key=len, default=None)
 
 
-# ---- dimensions of units -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Dimensions:
-    """Which axes of a run are units."""
-
-    traced: Traced
-    units: Mapping[int, tuple[str, int]]
-    """Axis -> unit and its width."""
-
-    @classmethod
-    def of(cls, traced: Traced, groups: Sequence[Group]) -> _Dimensions:
-        """Axes of units are known by where they lie in parameters."""
-        units: dict[int, tuple[str, int]] = {}
-        for group in groups:
-            for parameter, dim, positions in _places(group):
-                dims = traced.dims.get(parameter)
-                found = traced.axes.places(dims[dim])[0] if dims is not None else {}
-                axis = next((axis for axis, places in found.items() if places == positions), None)
-                if axis is not None:
-                    units[axis] = group.root, group.width
-        return cls(traced, units)
-
-    def width(self, expr: Expr) -> Width:
-        """A dimension as a width. Where two units multiply in it, the wider counts and the other stays: never too
-        little.
-        """
-        axes, size = self.traced.axes, self.traced.axes.size(expr)
-        inside = axes.leaves(expr) & self.units.keys()
-        if not inside:
-            return Width(size)
-        places = axes.places(expr)[0]
-        taken: set[int] = set()
-        entries = []
-        for axis in sorted(inside, key=lambda axis: -self.units[axis][1]):
-            own = {place for part in places[axis] for place in part}
-            if own.isdisjoint(taken):
-                taken |= own
-                entries.append((self.units[axis][0], len(places[axis][0]), self.units[axis][1]))
-        return _width(size, entries)
-
-
-def _places(group: Group) -> Iterator[tuple[str, int, list[list[int]]]]:
-    """Parameters and buffers in which a group's channels lie, as dimension and positions."""
-    for member in group.members:
-        if member.axis != "in":
-            yield f"{member.layer}.weight", 0, member.positions.tolist()
-            yield f"{member.layer}.running_mean", 0, member.positions.tolist()
-    for slab in group.slabs:
-        yield slab.parameter, slab.dim, slab.positions.tolist()
-
-
-def _two_sided(sizes: Sequence[int], widths: Sequence[Width]) -> tuple[Width, Width, int]:
-    """Dimensions that multiply, as inputs, outputs and how often. Of more than two that units set, the widest two
-    vary and the others count whole: a bound from above.
-    """
-    varying = sorted((i for i, width in enumerate(widths) if width.terms), key=lambda i: -sizes[i])
-    first, second = sorted(list(dict.fromkeys((*varying, *range(len(widths)))))[:2])
-    rest = math.prod(size for i, size in enumerate(sizes) if i not in (first, second))
-    return widths[first], widths[second], rest
-
-
 # ---- products ------------------------------------------------------------------------------------------------------
 
 
 def _products(
-    model: nn.Module, traced: Traced, dims: _Dimensions, layers: Sequence[Layer], blocks: Sequence[Block]
+    model: nn.Module, traced: Traced, dims: Dimensions, layers: Sequence[Layer], blocks: Sequence[Block]
 ) -> Iterator[Layer]:
     """The products that are none of `layers`'; those of one module that are alike, together."""
     size = traced.axes.size
@@ -208,7 +140,7 @@ def _products(
     for product in _outside(model, traced, {layer.name for layer in layers}):
         exprs = (product.over, product.made, *product.rest)
         sizes = [size(expr) for expr in exprs]
-        inputs, outputs, rows = _two_sided(sizes, [dims.width(expr) for expr in exprs])
+        inputs, outputs, rows = two_sided(sizes, [dims.width(expr) for expr in exprs])
         found = Layer(
             name=f"{product.module}:{product.name}", kind="product",
             signature=f"product {product.name} {'x'.join(map(str, sizes))}", inputs=inputs, outputs=outputs,
@@ -261,7 +193,7 @@ def _parameters(model: nn.Module) -> list[_Tensor]:
 
 
 def _others(
-    model: nn.Module, layers: Sequence[Layer], dims: _Dimensions | None, blocks: Sequence[Block]
+    model: nn.Module, layers: Sequence[Layer], dims: Dimensions | None, blocks: Sequence[Block]
 ) -> tuple[list[Layer], int, int]:
     """What no layer owns: the parameters and buffers that a choice may change, how many parameters there are besides,
     and how many bytes of buffers. What several share goes with the block that holds all of them.
@@ -308,14 +240,14 @@ def _outputs(layer: nn.Module) -> int:
     return layer.num_features
 
 
-def _parameter(entry: _Tensor, dims: _Dimensions | None) -> Layer:
+def _parameter(entry: _Tensor, dims: Dimensions | None) -> Layer:
     """A parameter by its widest two sides."""
     shape = entry.tensor.shape
     exprs = None if dims is None else dims.traced.dims[entry.names[0]]
     widths = [Width(size) for size in shape] if dims is None or exprs is None else [dims.width(e) for e in exprs]
     if len(shape) < 2:
         return _other(entry.names[0], Width(1), widths[0] if widths else Width(1), 1)
-    inputs, outputs, rest = _two_sided(shape, widths)
+    inputs, outputs, rest = two_sided(shape, widths)
     return _other(entry.names[0], inputs, outputs, rest)
 
 
