@@ -131,6 +131,21 @@ def test_a_state_that_is_handed_in_keeps_the_width() -> None:
     )
 
 
+def test_a_state_that_is_learned_is_cut_along() -> None:
+    class Learned(Sequences):
+        def __init__(self) -> None:
+            super().__init__("GRU", batch_first=True)
+            self.first = nn.Parameter(torch.randn(1, 1, WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.rnn(self.stem(x), self.first.expand(-1, len(x), -1).contiguous())[0]).mean(1)
+
+    model = randomised(Learned())
+    assert_cuts_equal_zeros(model, {"rnn": WIDTH})
+    anatomy = discover(model, EXAMPLE, blocks=False, slabs=True)
+    assert "first" in {slab.parameter for slab in anatomy.group("rnn").slabs}
+
+
 def test_projected_states_are_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(6, 5), nn.LSTM(5, 8, proj_size=3))
     with pytest.raises(ModelError, match=r"1 projects its state \(proj_size\)"):
