@@ -84,34 +84,33 @@ def halves(layer, rank):
     return nn.Sequential(first, type(layer)(rank, layer.out_channels, 1, bias=biased))
 
 
-def fit(layer, name, state):
-    """Give one layer the shapes of the stored tensors."""
-    prefix = f"{{name}}." if name else ""
-    weight = state.get(f"{{prefix}}weight", state.get(f"{{prefix}}running_mean"))
-    if weight is None:
-        pass
-    elif isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+def fit(layer, name, state, made):
+    """Give one layer the shapes of the stored tensors. `made`: new parameters by old; shared ones stay so."""
+    before = f"{{name}}." if name else ""
+    weight = state.get(f"{{before}}weight", state.get(f"{{before}}running_mean"))
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and weight is not None:
         if layer.groups == layer.in_channels == layer.out_channels > 1:
             layer.groups = layer.in_channels = weight.shape[0]
         else:
             layer.in_channels = weight.shape[1] * layer.groups
         layer.out_channels = weight.shape[0]
-    elif isinstance(layer, nn.Linear):
+    elif isinstance(layer, nn.Linear) and weight is not None:
         layer.out_features, layer.in_features = weight.shape
+    elif isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and weight is not None:
+        layer.normalized_shape = tuple(weight.shape)
     elif isinstance(layer, nn.Embedding):
         layer.embedding_dim = weight.shape[1]
-    elif isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
-        layer.normalized_shape = tuple(weight.shape)
     for attribute in WIDTHS:
         if weight is not None and isinstance(getattr(layer, attribute, None), int):
             setattr(layer, attribute, weight.shape[0])
     for key, tensor in list(layer.named_parameters(recurse=False)):
-        stored = state[f"{{prefix}}{{key}}"]
+        stored = state[before + key]
         if tensor.shape != stored.shape:
-            setattr(layer, key, nn.Parameter(torch.empty_like(stored)))
+            new, same = made.setdefault(tensor, (nn.Parameter(torch.empty_like(stored)), stored))
+            setattr(layer, key, new if torch.equal(same, stored) else nn.Parameter(torch.empty_like(stored)))
     for key, tensor in list(layer.named_buffers(recurse=False)):
-        stored = state.get(f"{{prefix}}{{key}}", tensor)
-        if tensor.shape != stored.shape:
+        stored = state.get(before + key)
+        if stored is not None and tensor.shape != stored.shape:
             setattr(layer, key, torch.empty_like(stored))
     if isinstance(layer, nn.RNNBase):
         layer.input_size, layer.hidden_size = layer.weight_ih_l0.shape[1], layer.weight_hh_l0.shape[1]
@@ -153,8 +152,9 @@ def model():
     for name, values in NUMBERS.items():
         for attribute, value in values.items():
             set_number(network.get_submodule(name), attribute, value)
+    made = {{}}
     for name, layer in network.named_modules():
-        fit(layer, name, state)
+        fit(layer, name, state, made)
     network.load_state_dict(state)
     for name, (tail, *grids) in ROUNDED.items():
         reads, makes = grids[:2], grids[2:]

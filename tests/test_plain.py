@@ -261,57 +261,89 @@ def test_each_layer_gets_numbers_of_its_own(held: object) -> None:
     assert smaller[0].held is not held
 
 
-def test_the_rebuild_script_makes_the_plain_modules(tmp_path: Path) -> None:
-    """In a process without autoprune, from the person's own factory: attention, transposed layers, shared numbers."""
-    source = (
-        "import torch\nfrom torch import nn\nfrom types import SimpleNamespace\n"
-        "class Turned(nn.Module):\n"
-        "    def __init__(self, i, o):\n"
-        "        super().__init__()\n"
-        "        self.weight, self.bias = nn.Parameter(torch.randn(i, o)), nn.Parameter(torch.randn(o))\n"
-        "    def forward(self, x):\n"
-        "        return x @ self.weight + self.bias\n"
-        "class Heads(nn.Module):\n"
-        "    def __init__(self, config):\n"
-        "        super().__init__()\n"
-        "        self.config, self.qkv, self.out = config, nn.Linear(16, 36), nn.Linear(12, 16)\n"
-        "    def forward(self, x):\n"
-        "        q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.config.heads, -1).permute(2, 0, 3, 1, 4)\n"
-        "        mixed = nn.functional.scaled_dot_product_attention(q, k, v)\n"
-        "        return self.out(mixed.transpose(1, 2).flatten(2))\n"
-        "class Network(nn.Module):\n"
-        "    def __init__(self):\n"
-        "        super().__init__()\n"
-        "        self.encoder = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)\n"
-        "        config = SimpleNamespace(heads=3)\n"
-        "        self.heads = nn.Sequential(Heads(config), Heads(config))\n"
-        "        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(16, 12))\n"
-        "        self.turned, self.head = Turned(12, 10), nn.Linear(10, 5)\n"
-        "    def forward(self, x):\n"
-        "        x = self.heads(self.encoder(x))\n"
-        "        return self.head(self.turned(self.normed(x).relu()).relu()).mean(1)\n"
-        "def dense():\n"
-        "    return Network().eval()\n"
-    )
-    (tmp_path / "own.py").write_text(source)
-    made: dict[str, object] = {}
-    exec(source, made)
+OWN_MODELS = """
+import torch
+from torch import nn
+from types import SimpleNamespace
+
+
+class Turned(nn.Module):
+    def __init__(self, i, o):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(i, o)), nn.Parameter(torch.randn(o))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+class Heads(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.qkv, self.out = config, nn.Linear(16, 36), nn.Linear(12, 16)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.config.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        return x + self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class Opaque(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)
+        config = SimpleNamespace(heads=3)
+        self.heads = nn.Sequential(Heads(config), Heads(config))
+        self.rnn = nn.LSTM(16, 8, num_layers=2, bidirectional=True, batch_first=True)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(16, 12))
+        self.turned, self.head = Turned(12, 10), nn.Linear(10, 5)
+
+    def forward(self, x):
+        x = self.rnn(self.heads(self.encoder(x)))[0]
+        return self.head(self.turned(self.normed(x).relu()).relu()).mean(1)
+
+
+class Stream(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(11, 16), nn.Parameter(torch.randn(6, 16))
+        self.encoder = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True, norm_first=True)
+        self.heads, self.norm, self.head = Heads(SimpleNamespace(heads=3)), nn.RMSNorm(16), nn.Linear(16, 11)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, x):
+        return self.head(self.norm(self.heads(self.encoder(self.tokens(x) + self.positions))))
+"""
+OWN: dict[str, tuple[Tensor, set[str]]] = {
+    "Opaque": (torch.randn(2, 6, 16), {"encoder.self_attn", "rnn", "normed", "turned"}),
+    "Stream": (torch.arange(12).view(2, 6).remainder(11), {"encoder.self_attn"}),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_the_rebuild_script_makes_the_plain_modules(name: str, tmp_path: Path) -> None:
+    """In a process without autoprune, from the person's own factory: every kind, shared numbers, a narrow stream."""
+    (tmp_path / "own.py").write_text(OWN_MODELS)
+    made: dict[str, Callable[[], nn.Module]] = {}
+    exec(OWN_MODELS, made)
+    example, opaque = OWN[name]
     torch.manual_seed(0)
-    model, example = made["dense"](), torch.randn(2, 6, 16)  # type: ignore[operator]
-    plain = plain_copy(model, example)
-    assert set(plain.kinds) == {"encoder.self_attn", "normed", "turned"}
-    anatomy = discover(plain.model, example, blocks=False)
-    plan = plan_cut(anatomy.widths, anatomy.groups, kept=kept_of(anatomy, 0), dropped=())
+    plain = plain_copy(made[name](), example)
+    assert set(plain.kinds) == opaque
+    anatomy = discover(plain.model, example, blocks=False, hidden=True)
+    kept = kept_of(anatomy, 0)
+    assert any(group.norms and len(kept[group.root]) < group.width for group in anatomy.groups) or name != "Stream"
+    plan = plan_cut(anatomy.widths, anatomy.groups, kept=kept, dropped=())
     smaller = cut(plain.model, plan)
     applied = Applied(cast(Policy, None), smaller, plan, Weights({}, ()), {}, {}, plain.kinds)
     folder = tmp_path / "out"
     folder.mkdir()
-    write_model(applied, example=example, factory="own.py:dense", source=tmp_path, folder=folder, progress=Silent())
+    write_model(applied, example=example, factory=f"own.py:{name}", source=tmp_path, folder=folder, progress=Silent())
     with torch.no_grad():
-        torch.save((example, smaller(example)), folder / "wanted.pt")
+        torch.save((example, smaller(example), sum(p.numel() for p in smaller.parameters())), folder / "wanted.pt")
     lines = (
         "import sys, torch", "sys.modules['autoprune'] = None", "from rebuild import model",
-        "example, wanted = torch.load('wanted.pt')",
-        "with torch.no_grad(): assert torch.allclose(model()(example), wanted, atol=1e-6)",
+        "example, wanted, count = torch.load('wanted.pt')", "network = model()",
+        "assert sum(p.numel() for p in network.parameters()) == count",
+        "with torch.no_grad(): assert torch.allclose(network(example), wanted, atol=1e-6)",
     )  # fmt: skip
     subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=folder, check=True)

@@ -41,7 +41,7 @@ class Sequences(nn.Module):
         x = self.stem(x) if self.rnn.batch_first else self.stem(x).transpose(0, 1)
         given = None
         if self.start == "zeros":
-            given = torch.zeros(self.directions * self.rnn.num_layers, len(x), WIDTH)
+            given = torch.zeros(self.directions * self.rnn.num_layers, x.shape[0 if self.rnn.batch_first else 1], WIDTH)
         outputs, states = self.rnn(x) if given is None else self.rnn(x, given)
         if self.reads == "outputs":
             return self.head(outputs if self.rnn.batch_first else outputs.transpose(0, 1)).mean(1)
@@ -129,6 +129,21 @@ def test_a_state_that_is_handed_in_keeps_the_width() -> None:
     assert {entry.root: entry.reason for entry in anatomy.refused}["rnn"] == (
         "zeros in the model itself makes it of a fixed size"
     )
+
+
+def test_a_state_that_is_learned_is_cut_along() -> None:
+    class Learned(Sequences):
+        def __init__(self) -> None:
+            super().__init__("GRU", batch_first=True)
+            self.first = nn.Parameter(torch.randn(1, 1, WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.rnn(self.stem(x), self.first.expand(-1, len(x), -1).contiguous())[0]).mean(1)
+
+    model = randomised(Learned())
+    assert_cuts_equal_zeros(model, {"rnn": WIDTH})
+    anatomy = discover(model, EXAMPLE, blocks=False)
+    assert "first" in {slab.parameter for slab in anatomy.group("rnn").slabs}
 
 
 def test_projected_states_are_refused_by_name() -> None:
