@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from autoprune.core.architecture import Architecture, Layer, LayerKind, Width
 from autoprune.errors import ModelError
-from autoprune.model.blocks import Block
+from autoprune.model.blocks import Block, home_of
 from autoprune.model.coupling import CONVOLUTIONS, NORMS, Group, is_depthwise
 from autoprune.model.observe import calls
 
@@ -18,7 +18,7 @@ from autoprune.model.observe import calls
 def describe(model: nn.Module, example: Tensor, *, groups: Sequence[Group], blocks: Sequence[Block]) -> Architecture:
     """Every layer with parameters that `model` runs on `example`, in execution order."""
     modules = dict(model.named_modules())
-    block_of = {layer: block.name for block in blocks for layer in block.layers}
+    block_of = {layer: home_of(blocks, (layer,)) for block in blocks for layer in block.layers}
     sides = _sides(groups)
     layers: list[Layer] = []
     counted: set[str] = set()

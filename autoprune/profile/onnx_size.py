@@ -228,7 +228,7 @@ def _owners(
     for node in onnx.load_from_string(graph).graph.node:
         reads = next((places[name][0] for name in node.input if name in places), None)
         scope = _scope(node, modules)
-        block = next((block for block in last if f"{scope}.".startswith(f"{block}.")), None)
+        block = max((block for block in last if f"{scope}.".startswith(f"{block}.")), key=len, default=None)
         rest = None if block is None else last[block]
         owners.append(reads or (scope if scope in names else rest))
     return owners
