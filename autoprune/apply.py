@@ -66,7 +66,7 @@ def apply(path: Path, subject: Subject) -> Applied:
     }
     plan = plan_cut(anatomy.widths, anatomy.groups, kept=kept, dropped=dropped)
     model = cut(subject.model, plan)
-    gone = {layer for block in dropped for layer in block.layers}
+    gone = {layer for block in plan.dropped for layer in block.layers}
     layers = {unit.name: unit.layers[0] for unit in anatomy.units if unit.kind == "weights"}
     ranks = {layers[name]: option.rank for name, option in options.items() if option.rank and layers[name] not in gone}
     for layer, rank in ranks.items():

@@ -37,7 +37,7 @@ from torch import nn
 
 HERE = Path(__file__).resolve().parent
 FACTORY = {factory!r}
-DROPPED = {dropped!r}  # block -> what stays of it
+DROPPED = {dropped!r}  # module -> what stays of it, and what it returns besides
 SPLIT = {split!r}  # layer that is two now -> channels between them
 NUMBERS = {numbers!r}  # module -> integers that its forward reads, such as how many heads it has
 WIDTHS = ("num_features", "num_channels", "num_parameters")  # of norms and slopes
@@ -46,14 +46,20 @@ ROUNDED = {rounded!r}  # layer that computes in 8-bit integers -> what hands its
 
 
 class Dropped(nn.Module):
-    """Hands its first input on, after the activation that stayed."""
+    """Hands the first tensor it is given on, after the activation that stayed; or a zero."""
 
-    def __init__(self, rest):
+    def __init__(self, rest, further):
         super().__init__()
         self.rest = rest
+        self.further = further
 
-    def forward(self, x, *_, **__):
-        return torch.relu(x) if self.rest == "relu" else x
+    def forward(self, *args, **kwargs):
+        x = next(given for given in (*args, *kwargs.values()) if isinstance(given, torch.Tensor))
+        if self.rest == "zero":
+            x = x.new_zeros(())
+        elif self.rest == "relu":
+            x = torch.relu(x)
+        return x if self.further is None else (x, *self.further)
 
 
 {plain_source}
@@ -143,9 +149,9 @@ def model():
     network = dense_model()
     if PLAIN:
         stand_in(network, PLAIN)
-    for name, rest in DROPPED.items():
+    for name, (rest, further) in DROPPED.items():
         parent, _, child = name.rpartition(".")
-        setattr(network.get_submodule(parent), child, Dropped(rest))
+        setattr(network.get_submodule(parent), child, Dropped(rest, further))
     for name, rank in SPLIT.items():
         parent, _, child = name.rpartition(".")
         setattr(network.get_submodule(parent), child, halves(network.get_submodule(name), rank))
@@ -189,7 +195,7 @@ def write_model(
     write_bytes(packed, packed_model(state, applied.weights.quantised).content)
     written["packed"] = packed
     script = folder / "rebuild.py"
-    dropped = {block.name: block.rest for block in plan.dropped}
+    dropped = {each.name: (each.rest, each.further) for block in plan.dropped for each in block.stand_ins}
     numbers: dict[str, dict[str, int]] = {}
     for (module, attribute), value in plan.numbers.items():
         numbers.setdefault(module, {})[attribute] = value

@@ -125,7 +125,7 @@ def _bank(subject: Subject, batches: tuple[Tensor, ...], folder: Path, progress:
     names = sorted({choice.method for choice in task.spec.methods})
     versions = [(name, method(name).version) for name in names]
     data = of_tensors([("x", task.data.calibration_inputs), ("y", task.data.calibration_targets)])
-    key = of_text(subject.fingerprint, data, versions, settings, samples, subject.anatomy.units, "bank 3")
+    key = of_text(subject.fingerprint, data, versions, settings, samples, subject.anatomy.units, "bank 4")
     path = folder / "bank" / f"{key[:16]}.safetensors"
     norms = norms_after(subject.model, batches[0][:2])
     moments = store.Moments(path.parent, key, memory_bytes=task.bank_memory, progress=progress)
@@ -194,7 +194,7 @@ def _priors(
 ) -> dict[str, Harms]:  # fmt: skip
     """Additive harm of every option by each prior, kept beside the bank."""
     data = of_tensors([("x", subject.parts.selection.inputs), ("y", subject.parts.selection.targets)])
-    key = of_text(key, space, data, subject.samples, "priors 3")
+    key = of_text(key, space, data, subject.samples, "priors 4")
     path = folder / "bank" / f"priors-{key[:16]}.safetensors"
     stored = store.load_tensors(path, key=key)
     count = subject.samples.probe

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from torch.nn import functional
 from autoprune.bank.stitch import Stitcher
 from autoprune.core.unit import DROP, Option
 from autoprune.model.additions import links, stand_in, watching_additions
+from autoprune.model.blocks import Block
 from autoprune.model.flow import norms_after, tails_of
 from autoprune.recover.refit import Reference, refit
 from autoprune.searching.scorer import Selection
@@ -213,7 +214,11 @@ def test_layers_are_solved_as_they_run_not_as_they_are_written(tmp_path: Path) -
 # ---- additions -----------------------------------------------------------------------------------------------------
 
 
-def found_in(model: nn.Module, blocks: Mapping[str, list[str]]) -> dict[str, str | None]:
+def of_two_layers(names: Sequence[str]) -> list[Block]:
+    return [Block(n, tuple(f"{n}.{part}" for part in ("conv1", "bn1", "conv2", "bn2")), "identity") for n in names]
+
+
+def found_in(model: nn.Module, blocks: Sequence[Block]) -> dict[str, str | None]:
     example = torch.randn(2, *IMAGE)
     tails = tails_of(model, norms_after(model, example), example)
     found = links(model, example, layers=tails, blocks=blocks)
@@ -224,7 +229,7 @@ def found_in(model: nn.Module, blocks: Mapping[str, list[str]]) -> dict[str, str
 def test_every_addition_and_the_block_after_it(style: str) -> None:
     model = randomised(Residual(style=style, blocks=3))
     names = [f"layer{stage}.{index}" for stage in (1, 2) for index in range(3)]
-    blocks = {n: [f"{n}.{part}" for part in ("conv1", "bn1", "conv2", "bn2")] for n in names if n != "layer2.0"}
+    blocks = of_two_layers([name for name in names if name != "layer2.0"])
     tails = [f"{name}.bn2" for name in names]
     if style == "module":  # the shortcut is made last there, and enters the sum as well
         found = found_in(model, blocks)
@@ -237,8 +242,8 @@ def test_every_addition_and_the_block_after_it(style: str) -> None:
 def test_a_sum_stands_for_that_of_the_last_block_dropped_after_it() -> None:
     model, example = randomised(Residual(blocks=4)), torch.randn(2, *IMAGE)
     names = [f"layer{stage}.{index}" for stage in (1, 2) for index in range(4) if (stage, index) != (2, 0)]
-    blocks = {name: [f"{name}.{part}" for part in ("conv1", "bn1", "conv2", "bn2")] for name in names}
-    found = links(model, example, layers=tails_of(model, norms_after(model, example), example), blocks=blocks)
+    tails = tails_of(model, norms_after(model, example), example)
+    found = links(model, example, layers=tails, blocks=of_two_layers(names))
     assert stand_in(found, "layer1.0.bn2", []) == "layer1.0.bn2"
     assert stand_in(found, "layer1.0.bn2", ["layer1.1"]) == "layer1.1.bn2"
     assert stand_in(found, "layer1.0.bn2", ["layer1.1", "layer1.2", "layer1.3"]) == "layer1.3.bn2"

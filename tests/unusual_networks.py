@@ -212,10 +212,14 @@ def _blocks(count: int, channels: dict[str, int]) -> dict[str, int]:
 
 
 NETWORKS = {
-    "vit": Network(Vit, _numbers(3, 8, 8), _blocks(3, {"": 1, "attention.qkv": 4, "feed.0": 64})),
-    "gpt": Network(Gpt, _tokens(200, 8), _blocks(3, {"": 1, "attention.qkv": 3, "feed.0": 96})),
-    "llama": Network(Llama, _tokens(30, 7), _blocks(2, {"": 1, "q": 2, "gate": 20})),
-    "encoder": Network(Encoder, _numbers(6, 12), {"layer.linear1": 20}),
+    "vit": Network(
+        Vit, _numbers(3, 8, 8), _blocks(3, {"": 1, "attention": 1, "attention.qkv": 4, "feed": 1, "feed.0": 64})
+    ),
+    "gpt": Network(
+        Gpt, _tokens(200, 8), _blocks(3, {"": 1, "attention": 1, "attention.qkv": 3, "feed": 1, "feed.0": 96})
+    ),
+    "llama": Network(Llama, _tokens(30, 7), _blocks(2, {"": 1, "o": 1, "q": 2, "down": 1, "gate": 20})),
+    "encoder": Network(Encoder, _numbers(6, 12), {"layer.linear1": 20, "layer.linear2": 1}),
     "bare": Network(Bare, _numbers(6, 8), {"first": 7, "memory": 5, "wider": 2}),
     "outside": Network(Outside, _tokens(30, 6), {"table": 24, "inner": 6, "last": 36}),
     "slopes": Network(Slopes, _numbers(3, 8, 8), {"stem": 24, "block": 1, "block.first": 32}),

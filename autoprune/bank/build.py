@@ -125,8 +125,9 @@ def local_harms(space: Space, bank: Bank, model: nn.Module, *, anatomy: Anatomy,
     """Two priors from calibration alone, for every option of `space`.
 
     `reconstruction`: squared error of the consumers' outputs over their dense energy, summed over consumers (a dropped
-    block loses all of its last layer's output: 1). `second_order`: the same error weighted by the Fisher information of
-    each output (the second-order Taylor term of the loss with a diagonal Hessian).
+    block loses all of its last layer's output: 1; with branches inside it, all that these lose). `second_order`: the
+    same error weighted by the Fisher information of each output (the second-order Taylor term of the loss with a
+    diagonal Hessian).
     """
     empty = torch.zeros(1, dtype=torch.int64)
     harms: dict[str, Harms] = {"reconstruction": [], "second_order": []}
@@ -151,8 +152,10 @@ def local_harms(space: Space, bank: Bank, model: nn.Module, *, anatomy: Anatomy,
             if len(entry.options) > 1:
                 local[:, 1:] = _edit_errors(editor, bank, model, layer=entry.unit.layers[0], options=entry.options[1:])
         else:
-            last = _last_layer(entry.unit.layers, bank)
-            local[:, 1:] = np.array([[1.0], [_whole(last, bank, model) if last else 1.0]])
+            inside = [u for u in space.units if u.kind == "block" and u.parent == entry.unit.name]
+            ends = [_last_layer(unit.layers, bank) for unit in inside or (entry.unit,)]
+            harm = sum(_whole(last, bank, model) if last else 1.0 for last in ends)
+            local[:, 1:] = np.array([[float(len(ends))], [harm]])
         harms["reconstruction"].append(local[0])
         harms["second_order"].append(local[1])
     return harms

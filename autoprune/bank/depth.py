@@ -20,13 +20,14 @@ from autoprune.model.flow import tails_of
 from autoprune.model.observe import watching
 
 LONGEST_RUN = 4
-"""Blocks dropped in a row that a branch is prepared to stand in for."""
+"""Blocks, or branches of them, dropped in a row that a branch is prepared to stand in for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Blocks dropped in a row after an addition. `cross` is E[d x^T] about the means, (outputs, columns), of the
-    difference d between the sum after the last block and the sum at hand, and the layer's inputs x; `shift` is E[d].
+    """Blocks (or their branches) dropped in a row after an addition. `cross` is E[d x^T] about the means, (outputs,
+    columns), of the difference d between the sum after the last block and the sum at hand, and the layer's inputs x;
+    `shift` is E[d].
     """
 
     blocks: tuple[str, ...]
@@ -58,7 +59,7 @@ def observe_runs(
 ) -> dict[str, tuple[Run, ...]]:  # fmt: skip
     """For each layer that enters an addition: the runs of blocks it may stand in for, shortest first."""
     tails = tails_of(model, norms, batches[0][:2])
-    found = links(model, batches[0][:2], layers=tails, blocks={block.name: block.layers for block in blocks})
+    found = links(model, batches[0][:2], layers=tails, blocks=blocks)
     modules = dict(model.named_modules())
     makers = {norm: layer for layer, norm in norms.items()}
     ends = {tail: _ends(found, tail) for tail in found if is_solvable(modules[makers.get(tail, tail)], max_columns)}

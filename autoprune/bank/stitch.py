@@ -13,7 +13,7 @@ from autoprune.bank.depth import Run
 from autoprune.bank.mend import Mender, Solution
 from autoprune.bank.sparse import Edit, Editor, apply_edit
 from autoprune.core.unit import DROP, Option
-from autoprune.model.blocks import Block
+from autoprune.model.blocks import Block, parts_of
 from autoprune.model.coupling import Group, is_matrix
 from autoprune.model.cut import CutPlan, Kept, cut, plan_cut
 from autoprune.model.discover import Anatomy
@@ -47,6 +47,7 @@ class Stitcher:
         self.arithmetic = arithmetic or {}
         self._mender = Mender(model, bank.statistics, norms=bank.norms)
         self.editor = Editor(model, bank.statistics, norms=bank.norms)
+        self._parts = parts_of(anatomy.blocks)
         self._weights = {unit.name: unit.layers[0] for unit in anatomy.units if unit.kind == "weights"}
 
     def plan(self, options: Mapping[str, Option]) -> CutPlan:
@@ -99,7 +100,7 @@ class Stitcher:
             if group.root in options and options[group.root].compensate != "none"
             for member in group.on("in")
         }
-        dropped = {block.name for block in plan.dropped}
+        dropped = {part for block in plan.dropped for part in self._parts[block.name]}
         gone = {layer for block in plan.dropped for layer in block.layers}
         runs = {layer: _longest(known, dropped) for layer, known in self.bank.runs.items()} if dropped else {}
         solutions: dict[str, Solution] = {}

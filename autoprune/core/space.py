@@ -60,7 +60,7 @@ class Space:
         return (0,) * len(self.entries)
 
     def parents(self) -> tuple[int | None, ...]:
-        """For each unit the index of the block unit that contains it, if that is in the space."""
+        """For each unit the index of the innermost block unit that contains it, if that is in the space."""
         index = {name: position for position, name in enumerate(self.names)}
         return tuple(index.get(unit.parent) if unit.parent is not None else None for unit in self.units)
 
@@ -70,9 +70,10 @@ class Space:
         chosen = [entry.options[index] for entry, index in zip(self.entries, choice, strict=True)]
         decided: dict[str, Option] = {}
         for position, (entry, option) in enumerate(zip(self.entries, chosen, strict=True)):
-            parent = parents[position]
-            moot = parent is not None and chosen[parent] == DROP
-            if option != entry.options[0] and not moot:
+            around = parents[position]
+            while around is not None and chosen[around] != DROP:
+                around = parents[around]
+            if option != entry.options[0] and around is None:
                 decided[entry.unit.name] = option
         return decided
 

@@ -32,7 +32,7 @@ class Unit:
     `heads` unit of attention heads and an `ffn` unit of features that lie between linear layers (a feed-forward part).
     A `block` unit is named by its module and has width 1; a `weights` unit is named by one layer's weight
     (`fc1.weight`) and has `width` of them, the same number for each of `outputs`. `layers` are all layers it touches;
-    `parent` is the block unit whose removal makes this unit moot.
+    `parent` is the block unit whose removal makes this unit moot: the innermost one, which may have a parent itself.
     """
 
     name: str

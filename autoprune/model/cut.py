@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from autoprune.model.blocks import Block, Dropped
+from autoprune.model.blocks import Block, is_within, outermost, put
 from autoprune.model.coupling import CONVOLUTIONS, NORMS, Group, is_depthwise
 
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -53,15 +53,22 @@ def plan_cut(
 ) -> CutPlan:
     """What `kept` (group root -> kept channels) means for each layer.
 
-    `widths` are the dense sizes of every side, keyed `layer/in` and `layer/out`.
+    `widths` are the dense sizes of every side, keyed `layer/in` and `layer/out`. What lies in a dropped block goes
+    with it, whatever else is said of it.
     """
+    dropped = outermost(dropped)
     gone = {layer for block in dropped for layer in block.layers}
+    replaced = [each.name for block in dropped for each in block.stand_ins]
     masks: dict[str, Tensor] = {}
     numbers: dict[tuple[str, str], int] = {}
     for group in groups:
         if group.root not in kept:
             continue
-        numbers |= {(n.module, n.attribute): n.each * len(kept[group.root]) for n in group.numbers}
+        numbers |= {
+            (n.module, n.attribute): n.each * len(kept[group.root])
+            for n in group.numbers
+            if not any(is_within(n.module, name) for name in replaced)
+        }
         removed = torch.ones(group.width, dtype=torch.bool)
         removed[kept[group.root]] = False
         for member in group.members:
@@ -76,7 +83,7 @@ def plan_cut(
         indices, before = mask.nonzero().flatten(), layers.get(layer, Kept())
         inputs, outputs = (indices, before.outputs) if end == "in" else (before.inputs, indices)
         layers[layer] = Kept(inputs, outputs)
-    return CutPlan(layers, tuple(dropped), dict(kept), _kept_slabs(groups, kept, gone), numbers)
+    return CutPlan(layers, dropped, dict(kept), _kept_slabs(groups, kept, gone), numbers)
 
 
 def _kept_slabs(
@@ -114,8 +121,7 @@ def cut(model: nn.Module, plan: CutPlan, mended: Mapping[str, Mended] | None = N
         set_number(smaller.get_submodule(name), attribute, value)
     for (parameter, dim), indices in plan.slabs.items():
         _narrow_parameter(smaller, parameter, dim, indices)
-    for block in plan.dropped:
-        replace_module(smaller, block.name, Dropped(block.rest))
+    put(smaller, [each for block in plan.dropped for each in block.stand_ins])
     modules = dict(smaller.named_modules())
     new = mended or {}
     for name in dict.fromkeys((*plan.layers, *new)):

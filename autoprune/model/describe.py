@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from autoprune.core.architecture import Architecture, Layer, LayerKind, Width
 from autoprune.errors import ModelError
 from autoprune.model.axis_trace import Traced, trace
-from autoprune.model.blocks import Block
+from autoprune.model.blocks import Block, is_within
 from autoprune.model.coupling import CONVOLUTIONS, NORMS, Group, is_depthwise
 from autoprune.model.dimensions import Dimensions, two_sided, width_of
 from autoprune.model.observe import Call, calls
@@ -123,9 +123,9 @@ def _layer(call: Call, layer: nn.Module, *, sides: Sides, is_shared: Callable[[T
 
 
 def _block_of(name: str, blocks: Sequence[Block]) -> str | None:
-    """The innermost block that holds a module or parameter."""
-    around = [block.name for block in blocks if f"{name}.".startswith(f"{block.name}.")]
-    return max(around, key=len, default=None)
+    """The innermost block that a module or parameter goes with."""
+    around = [block for block in blocks if any(is_within(name, each.name) for each in block.stand_ins)]
+    return min(around, key=lambda block: len(block.layers)).name if around else None
 
 
 # ---- products ------------------------------------------------------------------------------------------------------

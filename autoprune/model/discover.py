@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from autoprune.core.architecture import Architecture
 from autoprune.core.unit import Kind, Unit
 from autoprune.errors import ConfigError, ModelError, near_miss
-from autoprune.model.blocks import Block, droppable_blocks
+from autoprune.model.blocks import Block, droppable_blocks, home_of, parent_of
 from autoprune.model.coupling import NORMS, Candidate, Group, Refused, coupled_groups, is_matrix
 from autoprune.model.cut import cut, plan_cut, replace_module, side_widths
 from autoprune.model.describe import describe
@@ -64,7 +64,8 @@ def discover(
     protected = [Refused(root, "protected") for root, free in is_free.items() if not free]
     groups, wrong = _tested(model, example, [entry for entry in found_groups if is_free[entry.group.root]])
     found = droppable_blocks(model, example) if blocks else ()
-    found = tuple(block for block in found if not _is_protected((block.name, *block.layers), protect))
+    roots = {group.root for group in groups}  # a layer that ends a branch may name a group of channels, too
+    found = tuple(b for b in found if b.name not in roots and not _is_protected((b.name, *b.layers), protect))
     order = {name: position for position, (name, _) in enumerate(model.named_modules())}
     units = sorted((*_channel_units(model, groups, found), *_block_units(found)), key=lambda unit: order[unit.name])
     if weights:
@@ -91,8 +92,7 @@ def _with_ancestors(name: str) -> list[str]:
 def _channel_units(model: nn.Module, groups: Sequence[Group], blocks: Sequence[Block]) -> list[Unit]:
     units = []
     for group in groups:
-        parent = next((block.name for block in blocks if set(group.layers) <= {block.name, *block.layers}), None)
-        units.append(Unit(group.root, _kind(model, group), group.width, group.layers, parent))
+        units.append(Unit(group.root, _kind(model, group), group.width, group.layers, home_of(blocks, group.layers)))
     return units
 
 
@@ -105,7 +105,7 @@ def _kind(model: nn.Module, group: Group) -> Kind:
 
 
 def _block_units(blocks: Sequence[Block]) -> list[Unit]:
-    return [Unit(block.name, "block", 1, block.layers) for block in blocks]
+    return [Unit(block.name, "block", 1, block.layers, parent_of(blocks, block)) for block in blocks]
 
 
 def _weight_units(
@@ -127,7 +127,7 @@ def _weight_units(
         if others:
             refused.append(Refused(f"{name}.weight", f"{others[0]} is the same tensor, and would change with it"))
             continue
-        parent = next((block.name for block in blocks if name in block.layers), None)
+        parent = home_of(blocks, (name,))
         units.append(Unit(f"{name}.weight", "weights", layer.weight.numel(), (name,), parent, len(layer.weight)))
     return units, refused
 

@@ -76,10 +76,11 @@ def norm_scale(norm: nn.Module) -> Tensor:
 def tails_of(model: nn.Module, norms: Mapping[str, str], example: Tensor) -> dict[str, int]:
     """What makes the output of each convolution or linear layer: the norm that follows it, or the layer itself; with
     the number of its weights. Outputs that another module reads too are left out: they are no branch of their own.
+    A module that hands on what it reads, as dropout does in evaluation, does not count.
     """
     modules = dict(model.named_modules())
     seen = calls(model, example)
-    read = {(id(call.inputs), call.input_version) for call in seen}
+    read = {(id(call.inputs), call.input_version) for call in seen if call.output is not call.inputs}
     alone = {call.name for call in seen if (id(call.output), call.output_version) not in read}
     sizes: dict[str, int] = {}
     for name, layer in modules.items():

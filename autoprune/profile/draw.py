@@ -88,12 +88,19 @@ def _forms(entry: UnitOptions, *, shaped: NDArray[np.bool_], rng: np.random.Gene
 
 
 def _drop_each_block_once(space: Space, batch: list[list[int]], rng: np.random.Generator) -> None:
+    """Each alone, too: with the blocks around it kept."""
+    parents = space.parents()
     for unit, entry in enumerate(space.entries):
         if DROP not in entry.options or not batch:
             continue
         drop = entry.options.index(DROP)
-        if all(choice[unit] != drop for choice in batch):
-            batch[int(rng.integers(len(batch)))][unit] = drop
+        if all(space.normal(tuple(choice))[unit] != drop for choice in batch):
+            choice = batch[int(rng.integers(len(batch)))]
+            choice[unit] = drop
+            around = parents[unit]
+            while around is not None:
+                choice[around] = 0
+                around = parents[around]
 
 
 def _strata(count: int, rng: np.random.Generator) -> np.ndarray[tuple[int], np.dtype[np.float64]]:

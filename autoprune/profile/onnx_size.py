@@ -271,13 +271,14 @@ def _owners(
     last: dict[str | None, str] = {layer.block: layer.name for layer in running if layer.block is not None}
     names = {layer.name for layer in layers}
     modules = {name for name, _ in own.named_modules()}
+    homes = {layer.name if layer.name in modules else layer.name.rpartition(".")[0]: layer.block for layer in layers}
     owners: list[str | None] = []
     proto = onnx.load_from_string(graph).graph
     for node in proto.node:
         reads = next((places[name][0] for name in node.input if name in places), None)
         scope = _scope(node, modules)
-        block = next((block for block in last if f"{scope}.".startswith(f"{block}.")), None)
-        rest = last.get(block)
+        around = (block for block in last if block and f"{scope}.".startswith(f"{block}."))
+        rest = last.get(homes[scope] if scope in homes else max(around, key=len, default=None))
         owners.append(reads or (scope if scope in names else rest))
     block_of = {layer.name: layer.block for layer in layers}
     return _with_constants(proto, owners, block_of=block_of, last=last)

@@ -36,7 +36,7 @@ class WidthMap:
     keeps: Array
     """(U, O) channels kept by each option, the last repeated where a unit has fewer than O."""
     parents: tuple[tuple[int, int], ...]
-    """(unit, block unit around it) pairs."""
+    """(unit, innermost block unit around it) pairs, outer units first."""
     removes: Array
     """(U, L) 1 where a block unit's removal removes the layer, by itself or through a block within."""
     input_fixed: Array
@@ -56,7 +56,7 @@ class WidthMap:
         output_fixed, output_times = _sides(space, [layer.outputs for layer in architecture.layers])
         return cls(
             keeps=_keeps(space),
-            parents=tuple((unit, parent) for unit, parent in enumerate(space.parents()) if parent is not None),
+            parents=_parents(space),
             removes=_removes(architecture, space),
             input_fixed=input_fixed,
             input_times=input_times,
@@ -71,10 +71,10 @@ class WidthMap:
         )
 
     def moot(self, choices: Choices) -> NDArray[np.bool_]:
-        """Which units' options do not matter because the block around them is dropped. Shape (P, U)."""
+        """Which units' options do not matter because a block around them is dropped. Shape (P, U)."""
         moot = np.zeros(choices.shape, dtype=np.bool_)
         for unit, parent in self.parents:
-            moot[:, unit] = self.keeps[parent, choices[:, parent]] == 0
+            moot[:, unit] = moot[:, parent] | (self.keeps[parent, choices[:, parent]] == 0)
         return moot
 
     def normal(self, choices: Choices) -> Choices:
@@ -115,6 +115,17 @@ class WidthMap:
 def as_array(choice: Choice) -> Choices:
     """One choice as an array of shape (1, U)."""
     return np.asarray(choice, dtype=np.int64).reshape(1, -1)
+
+
+def _parents(space: Space) -> tuple[tuple[int, int], ...]:
+    parents = space.parents()
+
+    def depth(unit: int) -> int:
+        parent = parents[unit]
+        return 0 if parent is None else 1 + depth(parent)
+
+    pairs = [(unit, parent) for unit, parent in enumerate(parents) if parent is not None]
+    return tuple(sorted(pairs, key=lambda pair: depth(pair[0])))
 
 
 def _forms(architecture: Architecture, space: Space) -> NDArray[np.intp]:

@@ -25,7 +25,7 @@ from autoprune.bank.sparse import Edit, Reading, edited
 from autoprune.bank.stitch import Candidate
 from autoprune.core.unit import Option
 from autoprune.model.additions import Link, links, stand_in, watching_additions
-from autoprune.model.blocks import Block
+from autoprune.model.blocks import Block, parts_of
 from autoprune.model.coupling import CONVOLUTIONS, NORMS
 from autoprune.model.cut import CutPlan, Kept
 from autoprune.model.flow import norm_scale, norms_after, tails_of
@@ -102,6 +102,8 @@ class Reference:
     batches: tuple[Tensor, ...]
     norms: dict[str, str]
     links: dict[str, Link | None]
+    parts: dict[str, tuple[str, ...]]
+    """What goes with each block, as the links name it."""
     settings: RefitSettings = field(default_factory=RefitSettings)
 
     @classmethod
@@ -112,8 +114,9 @@ class Reference:
         """Prepare refits of candidates of `model`, of which `blocks` can be dropped. It may use fewer images."""
         norms = norms_after(model, batches[0][:2])
         tails = tails_of(model, norms, batches[0][:2])
-        found = links(model, batches[0][:2], layers=tails, blocks={block.name: block.layers for block in blocks})
-        return cls(model, _within_memory(model, batches), norms, found, settings or RefitSettings())
+        found = links(model, batches[0][:2], layers=tails, blocks=blocks)
+        few = _within_memory(model, batches)
+        return cls(model, few, norms, found, parts_of(blocks), settings or RefitSettings())
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +165,7 @@ def _sites(reference: Reference, plan: CutPlan, model: nn.Module, *, edited: Col
         for name in run
         if is_solvable(modules[name], reference.settings.max_columns) and id(modules[name].weight) not in shared
     ]
-    dropped = [block.name for block in plan.dropped]
+    dropped = [part for block in plan.dropped for part in reference.parts[block.name]]
     added = {tails.get(tail, tail): tail for tail in reference.links}
     sites = []
     for name in layers:

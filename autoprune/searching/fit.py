@@ -257,7 +257,7 @@ def _additions(
 def _change(problem: Problem, table: Floats, row: Ints) -> Floats:
     """(units, options): how the sum of `table` over active units changes when one option is replaced.
 
-    Exact for families of one level; for blocks inside blocks an estimate. Moot units and padding change nothing.
+    Moot units and padding change nothing.
     """
     structure = problem.structure
     moot = structure.moot(row[None])[0]
@@ -265,7 +265,10 @@ def _change(problem: Problem, table: Floats, row: Ints) -> Floats:
     change = table - current[:, None]
     inside = np.zeros(len(row))
     child = (structure.parent_index >= 0) & ~moot
-    np.add.at(inside, structure.parent_index[child], current[child])
+    for _ in range(structure.depth):  # what blocks inside blocks hold goes up one level each time
+        total = np.zeros(len(row))
+        np.add.at(total, structure.parent_index[child], (current + inside)[child])
+        inside = total
     blocks = np.flatnonzero((structure.drop_index >= 0) & (row != structure.drop_index))
     change[blocks, structure.drop_index[blocks]] -= inside[blocks]
     change[moot] = 0.0
