@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from autoprune.core.policy import Policy
-from autoprune.core.unit import DROP
+from autoprune.core.policy import Policy, UnitDecision
+from autoprune.core.unit import DROP, NARROWED, Unit
 from autoprune.errors import PolicyError, listed, near_miss
 from autoprune.evidence import GRIDS, KEPT, SCALES, TENSOR
 from autoprune.files import read_policy
@@ -62,7 +62,7 @@ def apply(path: Path, subject: Subject) -> Applied:
     kept = {
         name: _kept(path, name, option.keep, policy.units[name].of, tensors)
         for name, option in options.items()
-        if policy.units[name].kind == "channels"
+        if policy.units[name].kind in NARROWED
     }
     plan = plan_cut(anatomy.widths, anatomy.groups, kept=kept, dropped=dropped)
     model = cut(subject.model, plan)
@@ -146,11 +146,16 @@ def _check_units(path: Path, policy: Policy, anatomy: Anatomy) -> None:
     for name, decision in policy.units.items():
         if name not in units:
             problems.append(f"units.{name}: the model has no such unit; {near_miss(name, units)}")
-        elif (units[name].kind, units[name].width) != (decision.kind, decision.of):
+        elif units[name].width != decision.of or not _alike(units[name], decision):
             have = f"{units[name].kind} of {units[name].width}"
             problems.append(f"units.{name}: the policy says {decision.kind} of {decision.of}, the model has {have}")
     if problems:
         raise PolicyError(f"{path}: does not fit the model:\n{listed(problems)}")
+
+
+def _alike(unit: Unit, decision: UnitDecision) -> bool:
+    """Whether both mean the same kind; `channels` is also how heads and features were called first."""
+    return unit.kind == decision.kind or (unit.narrows and decision.kind == "channels")
 
 
 def _side_tensors(path: Path, policy: Policy) -> dict[str, Tensor]:

@@ -40,6 +40,7 @@ FACTORY = {factory!r}
 DROPPED = {dropped!r}  # block -> what stays of it
 SPLIT = {split!r}  # layer that is two now -> channels between them
 NUMBERS = {numbers!r}  # module -> integers that its forward reads, such as how many heads it has
+WIDTHS = ("num_features", "num_channels", "num_parameters")  # of norms and slopes
 PLAIN = {plain!r}  # module -> the kind of plain module that stands in for it, and how it is used
 ROUNDED = {rounded!r}  # layer that computes in 8-bit integers -> what hands its output on, scale and zero of both
 
@@ -85,9 +86,11 @@ def halves(layer, rank):
 
 def fit(layer, name, state, made):
     """Give one layer the shapes of the stored tensors. `made`: new parameters by old; shared ones stay so."""
-    before = f"{{name}}." if name else ""
-    weight = state.get(f"{{before}}weight", state.get(f"{{before}}running_mean"))
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and weight is not None:
+    prefix = f"{{name}}." if name else ""
+    weight = state.get(f"{{prefix}}weight", state.get(f"{{prefix}}running_mean"))
+    if weight is None:
+        pass
+    elif isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         if layer.groups == layer.in_channels == layer.out_channels > 1:
             layer.groups = layer.in_channels = weight.shape[0]
         else:
@@ -95,24 +98,21 @@ def fit(layer, name, state, made):
         layer.out_channels = weight.shape[0]
     elif isinstance(layer, nn.Linear) and weight is not None:
         layer.out_features, layer.in_features = weight.shape
-    elif isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) and weight is not None:
-        layer.num_features = weight.shape[0]
-    elif isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and weight is not None:
-        layer.normalized_shape = tuple(weight.shape)
-    elif isinstance(layer, nn.GroupNorm) and weight is not None:
-        layer.num_channels = weight.shape[0]
     elif isinstance(layer, nn.Embedding):
         layer.embedding_dim = weight.shape[1]
-    elif isinstance(layer, nn.PReLU):
-        layer.num_parameters = weight.shape[0]
+    elif isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
+        layer.normalized_shape = tuple(weight.shape)
+    for attribute in WIDTHS:
+        if weight is not None and isinstance(getattr(layer, attribute, None), int):
+            setattr(layer, attribute, weight.shape[0])
     for key, tensor in list(layer.named_parameters(recurse=False)):
-        stored = state[before + key]
+        stored = state[f"{{prefix}}{{key}}"]
         if tensor.shape != stored.shape:
             new, same = made.setdefault(tensor, (nn.Parameter(torch.empty_like(stored)), stored))
             setattr(layer, key, new if torch.equal(same, stored) else nn.Parameter(torch.empty_like(stored)))
     for key, tensor in list(layer.named_buffers(recurse=False)):
-        stored = state.get(before + key)
-        if stored is not None and tensor.shape != stored.shape:
+        stored = state.get(f"{{prefix}}{{key}}", tensor)
+        if tensor.shape != stored.shape:
             setattr(layer, key, torch.empty_like(stored))
     if isinstance(layer, nn.RNNBase):
         layer.input_size, layer.hidden_size = layer.weight_ih_l0.shape[1], layer.weight_hh_l0.shape[1]

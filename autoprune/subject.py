@@ -55,6 +55,8 @@ class Samples:
     gradients: int
     recalibrate: int
     """Batch norms of every candidate."""
+    select: int
+    """Every candidate: those that it is compared with the dense model on."""
     probe: int
     """One unit changed alone; none for models so large that it would take minutes."""
     refit: int
@@ -75,6 +77,7 @@ class Samples:
             calibrate=within(256e9, 256, 2048),
             gradients=within(32e9, 32, 512),
             recalibrate=within(32e9, 64, 256),
+            select=within(400e9, 32, 2**31),
             probe=within(24e9, 24, 256) if macs <= 500e6 else 0,
             check=within(4e9, 10, 20),
             refit=within(64e9, 64, 512),

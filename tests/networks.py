@@ -338,6 +338,10 @@ def _channels(width: int, parent: str | None = None) -> tuple[str, int, str | No
     return "channels", width, parent
 
 
+def _features(width: int) -> tuple[str, int, str | None]:
+    return "ffn", width, None
+
+
 BLOCK: tuple[str, int, str | None] = ("block", 1, None)
 RESIDUAL = {
     "stem.0": _channels(8),
@@ -362,9 +366,9 @@ def _bottleneck(groups: int) -> dict[str, tuple[str, int, str | None]]:
 
 
 CASES: dict[str, Case] = {
-    "vgg": Case(Vgg, IMAGE, {"0": _channels(8), "2": _channels(12), "6": _channels(8), "9": _channels(16)}),
+    "vgg": Case(Vgg, IMAGE, {"0": _channels(8), "2": _channels(12), "6": _channels(8), "9": _features(16)}),
     "vgg in place": Case(
-        lambda: Vgg(inplace=True), IMAGE, {"0": _channels(8), "2": _channels(12), "6": _channels(8), "9": _channels(16)}
+        lambda: Vgg(inplace=True), IMAGE, {"0": _channels(8), "2": _channels(12), "6": _channels(8), "9": _features(16)}
     ),
     "residual functional": Case(Residual, IMAGE, RESIDUAL),
     "residual module": Case(lambda: Residual(style="module"), IMAGE, RESIDUAL),
@@ -376,7 +380,7 @@ CASES: dict[str, Case] = {
     "dense": Case(Dense, IMAGE, {"stem": _channels(6), "convs.0": _channels(8), "convs.1": _channels(6)}),
     "joined": Case(Joined, IMAGE, {"left": _channels(8), "right": _channels(8), "join": _channels(8)}),
     "unet": Case(UNet, IMAGE, {"down1.0": _channels(8), "down2.0": _channels(12), "up.0": _channels(8)}),
-    "mlp": Case(Mlp, (10,), {"0": _channels(16), "3": _channels(12)}),
+    "mlp": Case(Mlp, (10,), {"0": _features(16), "3": _features(12)}),
     "waves": Case(Waves, (2, 24), {"0": _channels(8), "3": _channels(8), "5": _channels(10)}),
     "option A": Case(OptionA, IMAGE, {"stem": _channels(8), "conv1": _channels(12)}, ("conv2",)),
     "hard view": Case(HardView, IMAGE, {"free": _channels(8)}, ("fixed",)),

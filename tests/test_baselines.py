@@ -14,14 +14,13 @@ def test_uniform_is_the_widest_common_share_that_fits(coupling):
     assert choice is not None
     assert problem.fits(choice)
     options = [entry.options[index] for entry, index in zip(problem.space.entries, choice, strict=True)]
-    channels = [o for o, e in zip(options, problem.space.entries, strict=True) if e.unit.kind == "channels"]
+    channels = [o for o, e in zip(options, problem.space.entries, strict=True) if e.unit.narrows]
     blocks = [o for o, e in zip(options, problem.space.entries, strict=True) if e.unit.kind == "block"]
     assert all(option.method == "keep" for option in blocks)
     assert {option.method for option in channels} == {"obs"}
     assert len({option.keep for option in channels}) == 1
     wider = tuple(
-        index - 2 if entry.unit.kind == "channels" else index
-        for entry, index in zip(problem.space.entries, choice, strict=True)
+        index - 2 if entry.unit.narrows else index for entry, index in zip(problem.space.entries, choice, strict=True)
     )
     if min(wider) >= 0:
         assert not problem.fits(wider)
@@ -53,9 +52,7 @@ def test_global_magnitude_does_not_care_about_a_units_scale():
     problem, _ = toy_problem(toy_space((1,), 4, alone=3), share=0.6)
     rng = np.random.default_rng(0)
     scores = {
-        entry.unit.name: rng.gamma(2.0, size=entry.unit.width)
-        for entry in problem.space.entries
-        if entry.unit.kind == "channels"
+        entry.unit.name: rng.gamma(2.0, size=entry.unit.width) for entry in problem.space.entries if entry.unit.narrows
     }
     scaled = {name: 100.0 * (1 + index) * values for index, (name, values) in enumerate(scores.items())}
     choice = global_magnitude(problem, scores)

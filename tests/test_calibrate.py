@@ -348,7 +348,7 @@ def test_any_number_of_calibration_samples(name: str, calibration: int, tmp_path
         assert calibration == 1
         assert "calibration" in str(error)  # noqa: PT017
         return
-    narrow = {entry.unit.name: entry.options[-1] for entry in bench.space.entries if entry.unit.kind == "channels"}
+    narrow = {entry.unit.name: entry.options[-1] for entry in bench.space.entries if entry.unit.narrows}
     assert torch.isfinite(bench.stitcher.build(narrow).model(CASES[name].example())).all()
 
 

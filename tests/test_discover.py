@@ -93,7 +93,7 @@ def test_every_layer_of_a_unit_is_there_and_its_name_is_one_of_them(case: Case) 
     modules = dict(model.named_modules())
     for unit in anatomy.units:
         assert set(unit.layers) <= set(modules)
-        assert unit.name in (unit.layers if unit.kind == "channels" else modules)
+        assert unit.name in (unit.layers if unit.narrows else modules)
 
 
 @every_case
@@ -294,7 +294,7 @@ class Scaled(nn.Module):
 
 
 class Prelu(nn.Sequential):
-    """A layer with parameters for each channel that cannot be cut."""
+    """A slope for each channel, outside of layers."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -470,7 +470,7 @@ REAL = {
     "plainnet": ((3, 32, 32), 10, 0),
     "mnist_cnn": ((1, 28, 28), 3, 0),
     "fsdd_dscnn": ((1, 32, 81), 5, 0),
-    "adult_mlp": (None, 3, 0),
+    "adult_mlp": (None, 11, 0),
     "resnet56": ((3, 32, 32), 28, 25),
     "shufflenetv2_x0_5": ((3, 32, 32), 20, 0),
     "digits_vit": (None, 7, 3),
@@ -488,8 +488,8 @@ def test_real_networks(zoo: ModuleType, name: str) -> None:
     )
     before = snapshot(model)
     anatomy = discover(model, example)
-    kinds = [unit.kind for unit in anatomy.units]
-    assert (kinds.count("channels"), kinds.count("block")) == (channels, blocks)
+    narrows = [unit.narrows for unit in anatomy.units]
+    assert (narrows.count(True), narrows.count(False)) == (channels, blocks)
     for seed in range(2):
         assert_cut_equals_mask(
             model, anatomy, example, kept_at_random(anatomy, seed), tuple(b.name for b in anatomy.blocks[::2])

@@ -85,7 +85,7 @@ def test_a_cut_model_generates_with_its_cache(name: str) -> None:
     """A head that goes takes its part of the cache along."""
     example = example_of(name)
     model = plain_copy(made(name, "sdpa"), example).model
-    anatomy = discover(model, example, blocks=False, slabs=True)
+    anatomy = discover(model, example, blocks=False)
     kept = kept_of(anatomy, 3)
     smaller = cut(model, plan_cut(anatomy.widths, anatomy.groups, kept=kept, dropped=())).get_submodule("inner")
     generate: Callable[..., Tensor] = smaller.generate  # type: ignore[assignment]

@@ -97,7 +97,7 @@ DAMAGED = {
     "keep as text": "autoprune: 1\nunits:\n  a: {kind: channels, method: l2, keep: '2', of: 16}\n",
     "no channel left": "autoprune: 1\nunits:\n  a: {kind: channels, method: l2, keep: 0, of: 16}\n",
     "a block of two": "autoprune: 1\nunits:\n  a: {kind: block, method: drop, keep: 0, of: 2}\n",
-    "unknown kind": "autoprune: 1\nunits:\n  a: {kind: heads, method: l2, keep: 1, of: 16}\n",
+    "unknown kind": "autoprune: 1\nunits:\n  a: {kind: spirits, method: l2, keep: 1, of: 16}\n",
     "unknown key": "autoprune: 1\nunits: {}\nbuget: {latency: 5ms}\n",
     "not a number": "autoprune: 1\nunits: {}\nfloor: {max_drop: .nan}\nevidence: {dense: {macs: .inf}}\n",
     "a key given twice": "autoprune: 1\nunits: {}\nunits: {}\n",

@@ -41,7 +41,7 @@ class Sequences(nn.Module):
         x = self.stem(x) if self.rnn.batch_first else self.stem(x).transpose(0, 1)
         given = None
         if self.start == "zeros":
-            given = torch.zeros(self.directions * self.rnn.num_layers, 3, WIDTH)
+            given = torch.zeros(self.directions * self.rnn.num_layers, x.shape[0 if self.rnn.batch_first else 1], WIDTH)
         outputs, states = self.rnn(x) if given is None else self.rnn(x, given)
         if self.reads == "outputs":
             return self.head(outputs if self.rnn.batch_first else outputs.transpose(0, 1)).mean(1)
@@ -74,7 +74,7 @@ def zeroed(model: nn.Module, gone: dict[str, list[int]]) -> nn.Module:
 
 
 def assert_cuts_equal_zeros(model: nn.Module, units: dict[str, int]) -> None:
-    anatomy = discover(model, EXAMPLE, blocks=False, slabs=True)
+    anatomy = discover(model, EXAMPLE, blocks=False)
     assert {group.root: group.width for group in anatomy.groups} == {"stem": 5, **units}
     for seed in range(3):
         kept = {root: places for root, places in kept_of(anatomy, seed).items() if root != "stem"}
@@ -125,7 +125,7 @@ def test_apart_each_layer_and_direction_has_its_own(kind: str, form: str) -> Non
 
 
 def test_a_state_that_is_handed_in_keeps_the_width() -> None:
-    anatomy = discover(randomised(Sequences("GRU", start="zeros")), EXAMPLE, blocks=False, slabs=True)
+    anatomy = discover(randomised(Sequences("GRU", start="zeros")), EXAMPLE, blocks=False)
     assert {entry.root: entry.reason for entry in anatomy.refused}["rnn"] == (
         "zeros in the model itself makes it of a fixed size"
     )
@@ -142,21 +142,21 @@ def test_a_state_that_is_learned_is_cut_along() -> None:
 
     model = randomised(Learned())
     assert_cuts_equal_zeros(model, {"rnn": WIDTH})
-    anatomy = discover(model, EXAMPLE, blocks=False, slabs=True)
+    anatomy = discover(model, EXAMPLE, blocks=False)
     assert "first" in {slab.parameter for slab in anatomy.group("rnn").slabs}
 
 
 def test_projected_states_are_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(6, 5), nn.LSTM(5, 8, proj_size=3))
     with pytest.raises(ModelError, match=r"1 projects its state \(proj_size\)"):
-        discover(model, EXAMPLE, blocks=False, slabs=True)
+        discover(model, EXAMPLE, blocks=False)
 
 
 def test_computed_weights_are_refused_by_name() -> None:
     with torch.no_grad():
         layer = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8))
     model = nn.Sequential(layer, nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
-    anatomy = discover(model, EXAMPLE[0], blocks=False, slabs=True)
+    anatomy = discover(model, EXAMPLE[0], blocks=False)
     assert [group.root for group in anatomy.groups] == ["2"]
     refused = {entry.root: entry.reason for entry in anatomy.refused}
     assert refused["0"] == "its weight is computed in every forward pass from other parameters"
@@ -165,7 +165,7 @@ def test_computed_weights_are_refused_by_name() -> None:
 def test_units_are_ranked_by_what_is_known() -> None:
     """A head's statistics for the last layer; where bare parameters alone read, the order of l2, as counted by hand."""
     model = plain_copy(randomised(Sequences("LSTM", batch_first=True, num_layers=2)), EXAMPLE).model
-    anatomy = discover(model, EXAMPLE, blocks=False, slabs=True)
+    anatomy = discover(model, EXAMPLE, blocks=False)
     data = CalibrationData((EXAMPLE,), (torch.tensor([0, 1, 2]),))
     settings = CalibrationSettings(gradient_samples=3)
     seen = observe(model, anatomy, data, others=(), settings=settings, progress=Silent())

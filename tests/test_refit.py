@@ -27,7 +27,7 @@ NARROW = {"layer1.0.conv1": Option("l2", 4), "layer2.0.conv1": Option("l2", 6), 
 
 
 def half_of_all(bench: Workbench) -> dict[str, Option]:
-    units = (unit for unit in bench.space.units if unit.kind == "channels")
+    units = (unit for unit in bench.space.units if unit.narrows)
     return {unit.name: Option("l2", max(1, unit.width // 2)) for unit in units}
 
 

@@ -16,7 +16,7 @@ from autoprune.errors import ConfigError, TargetError
 from autoprune.plugins import resolve
 from autoprune.runtimes import RUNTIMES, runtime
 from autoprune.runtimes.base import Runtime
-from autoprune.runtimes.onnxruntime import OnnxRuntime
+from autoprune.runtimes.onnxruntime import OnnxRuntime, _export_traced
 from autoprune.runtimes.torch import TorchRuntime
 
 
@@ -126,6 +126,26 @@ class TestOnnxRuntime(RuntimeContract):
         self.runtime.load(network(), torch.randn(1, 3, 8, 8), self.target)
         assert capfd.readouterr() == ("", "")
         assert not list(recwarn)
+
+    def test_a_failing_export_is_quiet_too(self, capfd: pytest.CaptureFixture[str]) -> None:
+        class Unknown(nn.Module):
+            def forward(self, images: Tensor) -> Tensor:
+                return torch.igamma(images.abs() + 1, images.abs())  # ONNX has nothing like it
+
+        with pytest.raises(TargetError, match="cannot be exported"):
+            self.runtime.load(Unknown(), torch.rand(2, 3), self.target)
+        assert capfd.readouterr() == ("", "")
+
+    @pytest.mark.parametrize("norm", [
+        nn.RMSNorm(6), nn.RMSNorm(6, eps=0.1), nn.RMSNorm((5, 6)), nn.RMSNorm(6, elementwise_affine=False),
+    ])  # fmt: skip
+    def test_rms_norms_take_the_fast_exporter(self, norm: nn.RMSNorm) -> None:
+        for parameter in norm.parameters():
+            nn.init.uniform_(parameter)
+        inputs = torch.randn(2, 5, 6) * 1e-3
+        graph = _export_traced(norm.eval(), inputs, dynamic_batch=False)
+        found = onnxruntime.InferenceSession(graph).run(None, {"input": inputs.numpy()})[0]
+        np.testing.assert_allclose(found, outputs(norm, inputs), atol=1e-6)
 
 
 class TestTorchRuntime(RuntimeContract):

@@ -27,7 +27,7 @@ def options_of(bench: Workbench, position: int, *, blocks: bool = False) -> dict
     return {
         entry.unit.name: entry.options[1 + position % (len(entry.options) - 1)]
         for entry in bench.space.entries
-        if len(entry.options) > 1 and (blocks or entry.unit.kind == "channels")
+        if len(entry.options) > 1 and (blocks or entry.unit.narrows)
     }
 
 
@@ -168,8 +168,8 @@ def test_compensation_is_no_worse_than_selection(name: str, tmp_path: Path) -> N
     bench = workbench_of(CASES[name].model(), CASES[name].shape, tmp_path, calibration=512)
     totals = {}
     for compensate in ("least_squares", "none"):
-        options = [Option("obs", max(1, u.width // 2), compensate) for u in bench.space.units if u.kind == "channels"]
-        names = [unit.name for unit in bench.space.units if unit.kind == "channels"]
+        options = [Option("obs", max(1, u.width // 2), compensate) for u in bench.space.units if u.narrows]
+        names = [unit.name for unit in bench.space.units if unit.narrows]
         built = [bench.stitcher.build({unit: option}) for unit, option in zip(names, options, strict=True)]
         totals[compensate] = sum(float(bench.selection.divergences(one.model).mean()) for one in built)
     assert totals["least_squares"] < totals["none"]

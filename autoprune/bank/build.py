@@ -132,7 +132,7 @@ def local_harms(space: Space, bank: Bank, model: nn.Module, *, anatomy: Anatomy,
     harms: dict[str, Harms] = {"reconstruction": [], "second_order": []}
     for entry in space.entries:
         local = np.zeros((2, len(entry.options)))
-        if entry.unit.kind == "channels":
+        if entry.unit.narrows:
             view = unit_view(
                 anatomy.group(entry.unit.name),
                 model,

@@ -58,7 +58,7 @@ def unit_view(
     return UnitView(
         name=group.root,
         width=group.width,
-        producers=tuple(producers),
+        producers=tuple(rows for rows in producers if rows.shape[1]),
         norm_scales=tuple(scale for scale in scales if scale is not None),
         consumers=tuple(consumers),
         activity=_activity(group, statistics, targets) if "activity" in needs and group.on("in") else None,

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from autoprune.core.pattern import parse_pattern
 from autoprune.core.target import Precision
-from autoprune.core.unit import LOW_RANK, Bits, Compensate, InputBits, Kind, Option, SizeOf
+from autoprune.core.unit import LOW_RANK, NARROWED, Bits, Compensate, InputBits, Kind, Option, SizeOf
 
 FORMAT: Final = 1
 
@@ -48,7 +48,7 @@ class UnitDecision(_Value):
     def _consistent(self) -> UnitDecision:
         if self.keep > self.of:
             raise ValueError(f"keep ({self.keep}) is more than there is (of: {self.of})")
-        if self.kind == "channels" and self.keep < 1:
+        if self.kind in NARROWED and self.keep < 1:
             raise ValueError("at least one channel must stay (keep: 1)")
         if self.kind == "block" and self.of != 1:
             raise ValueError("a block is one thing (of: 1)")

@@ -24,7 +24,7 @@ class UnitOptions:
         keeps = [option.keep for option in self.options]
         if keeps != sorted(keeps, reverse=True) or len(set(self.options)) != len(self.options):
             raise ValueError(f"{self.unit.name}: options must be distinct and sorted by width, widest first")
-        if self.unit.kind == "channels" and keeps[-1] < 1:
+        if self.unit.narrows and keeps[-1] < 1:
             raise ValueError(f"{self.unit.name}: at least one channel must stay")
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
-Kind = Literal["channels", "block", "weights"]
+Kind = Literal["channels", "heads", "ffn", "block", "weights"]
+NARROWED: Final = ("channels", "heads", "ffn")
+"""Kinds of units of which some channels may go: attention heads and feed-forward features are such channels, too."""
+
 Compensate = Literal["none", "least_squares"]
 Bits = Literal[3, 4, 5, 6, 8, 16, 32]
 """How a layer's weights are stored: integers of so many bits with one scale an output, halves (16) or floats."""
@@ -25,10 +28,11 @@ SizeOf = Literal["onnx", "packed", "plain"]
 class Unit:
     """The smallest thing a policy decides about.
 
-    A `channels` unit is named by the root layer of a group of coupled channels and has `width` of them; a `block`
-    unit is named by its module and has width 1; a `weights` unit is named by one layer's weight (`fc1.weight`) and has
-    `width` of them, the same number for each of `outputs`. `layers` are all layers it touches; `parent` is the block
-    unit whose removal makes this unit moot.
+    A `channels` unit is named by the root layer of a group of coupled channels and has `width` of them; so are a
+    `heads` unit of attention heads and an `ffn` unit of features that lie between linear layers (a feed-forward part).
+    A `block` unit is named by its module and has width 1; a `weights` unit is named by one layer's weight
+    (`fc1.weight`) and has `width` of them, the same number for each of `outputs`. `layers` are all layers it touches;
+    `parent` is the block unit whose removal makes this unit moot.
     """
 
     name: str
@@ -37,6 +41,11 @@ class Unit:
     layers: tuple[str, ...]
     parent: str | None = None
     outputs: int = 1
+
+    @property
+    def narrows(self) -> bool:
+        """Whether it has channels (heads, features) of which some may go."""
+        return self.kind in NARROWED
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from autoprune.model.axes import Axes, Expr
 from autoprune.model.axis_moves import broadcast
 from autoprune.model.axis_op import NORMALISED, Dims, Op, Rule
 from autoprune.model.axis_rules import RULES
+from autoprune.model.products import Product, products_of
 
 STATISTICS = (nn.modules.batchnorm._BatchNorm,)
 """Modules whose buffers are cut with their parameters."""
@@ -40,6 +41,8 @@ class Traced:
     """How often each module ran, in the order in which they first ended."""
     shaped: list[tuple[str, Dims]] = field(default_factory=list)
     """For every reshape, split or expansion: the module that ran it, and what came of it."""
+    products: list[Product] = field(default_factory=list)
+    """Every product, in execution order."""
     reads: set[tuple[frozenset[str], Expr]] = field(default_factory=set)
     """For every product: the parameters on one side of it, and the dimension that it sums over."""
 
@@ -148,6 +151,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )  # fmt: skip
         static = all(self.is_static(tensor) for tensor in tensors)
         found = self._found(op, pointwise=torch.Tag.pointwise in func.tags)
+        self.traced.products += products_of(op)
         origins = frozenset(name for tensor in tensors for name in self.origins(tensor)) if static else frozenset()
         for tensor, dims in zip(outputs, found, strict=True):
             self.know(tensor, dims, static=static, origins=origins)

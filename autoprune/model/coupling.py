@@ -135,12 +135,11 @@ class _Side:
 
 
 def coupled_groups(
-    model: nn.Module, example: Tensor, *, slabs: bool = False, hidden: bool = False
+    model: nn.Module, example: Tensor, *, hidden: bool = False
 ) -> tuple[tuple[Candidate, ...], tuple[Refused, ...]]:
     """All groups of coupled channels of `model`, each named by its first layer in execution order.
 
-    `example` is a batch the model accepts. With `slabs`, also groups that reach parameters outside convolutions,
-    linear layers and batch norms; without, those are refused. With `hidden`, also those that a norm scales by all of
+    `example` is a batch the model accepts. With `hidden`, also those that a norm scales by all of
     them, and weights that two layers share along one dimension. Raises ModelError when the model cannot be run under
     observation.
     """
@@ -152,9 +151,7 @@ def coupled_groups(
             "use `space: blocks` to search over blocks alone, or protect the part that fails by a glob"
         ) from error
     order = {name: place for place, name in enumerate(traced.runs)}
-    sides = sorted(
-        _sides(model, traced, slabs=slabs or hidden, hidden=hidden), key=lambda side: order.get(side.layer, len(order))
-    )
+    sides = sorted(_sides(model, traced, hidden=hidden), key=lambda side: order.get(side.layer, len(order)))
     by_axis: dict[int, list[_Side]] = {}
     for side in sides:
         for axis in sorted(traced.axes.leaves(side.expr)):
@@ -221,7 +218,7 @@ def _norms(model: nn.Module, axis: int, sides: Sequence[_Side], traced: Traced) 
     )  # fmt: skip
 
 
-def _sides(model: nn.Module, traced: Traced, *, slabs: bool, hidden: bool) -> Iterator[_Side]:
+def _sides(model: nn.Module, traced: Traced, *, hidden: bool) -> Iterator[_Side]:
     """Every side of everything that has parameters, with its dimension."""
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
@@ -235,8 +232,8 @@ def _sides(model: nn.Module, traced: Traced, *, slabs: bool, hidden: bool) -> It
             refusal = f"{name} projects its state (proj_size)"
         if traced.runs[name] > 1:
             refusal = f"{name} is run more than once in a forward pass"
-        if not slabs and own and not isinstance(module, CUTTABLE):
-            refusal = f"{name or 'the model itself'} ({type(module).__name__}) has parameters that cannot be cut"
+        elif isinstance(module, CUTTABLE) and not traced.runs[name]:
+            refusal = f"{name} is not run itself: something else uses its weights"
         yield from _sides_of(name, module, own, traced, refusal)
 
 

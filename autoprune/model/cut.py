@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from autoprune.model.blocks import Block, Dropped
 from autoprune.model.coupling import CONVOLUTIONS, NORMS, Group, is_depthwise
 
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
 
 @dataclass(frozen=True, slots=True)
 class Mended:
@@ -171,6 +173,8 @@ def _narrow_parameter(model: nn.Module, path: str, dim: int, indices: Tensor) ->
         module.normalized_shape = tuple(smaller.shape)
     elif isinstance(module, nn.GroupNorm):
         module.num_channels = len(smaller)
+    elif isinstance(module, INSTANCE_NORMS):
+        module.num_features = len(smaller)
     elif isinstance(module, nn.RNNBase):
         read, own = module.get_parameter("weight_ih_l0"), module.get_parameter("weight_hh_l0")
         module.input_size, module.hidden_size = read.shape[1], own.shape[1]

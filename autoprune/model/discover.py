@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.core.architecture import Architecture
-from autoprune.core.unit import Unit
+from autoprune.core.unit import Kind, Unit
 from autoprune.errors import ConfigError, ModelError, near_miss
 from autoprune.model.blocks import Block, droppable_blocks
-from autoprune.model.coupling import Candidate, Group, Refused, coupled_groups, is_matrix
+from autoprune.model.coupling import NORMS, Candidate, Group, Refused, coupled_groups, is_matrix
 from autoprune.model.cut import cut, plan_cut, replace_module, side_widths
 from autoprune.model.describe import describe
 from autoprune.model.observe import calls
@@ -42,15 +42,14 @@ class Anatomy:
         return next(group for group in self.groups if group.root == name)
 
 
-def discover(  # noqa: PLR0913 (what may be pruned, each by itself)
+def discover(
     model: nn.Module, example: Tensor, *, protect: Sequence[str] = (), channels: bool = True, blocks: bool = True,
-    weights: bool = False, dense_layers: Sequence[str] = (), slabs: bool = False,
-    hidden: bool = False,
+    weights: bool = False, dense_layers: Sequence[str] = (), hidden: bool = False,
 ) -> Anatomy:  # fmt: skip
     """All units of `model` but those that `protect`'s globs name by any of their layers.
 
     With `weights`, also one for the weights inside each layer that is one matrix, but for `dense_layers` (globs).
-    With `slabs`, also channels that reach parameters outside convolutions, linear layers and batch norms. With
+    With
     `hidden`, also the width of a stream that layer norms or RMS norms scale (a transformer's hidden size): cut, it is
     the model whose norms look only at the channels that stay.
     `example` is a small batch of real data. Raises ConfigError for a glob that matches nothing, ModelError when the
@@ -60,16 +59,18 @@ def discover(  # noqa: PLR0913 (what may be pruned, each by itself)
     for key, glob in (*(("protect", glob) for glob in protect), *(("dense_layers", glob) for glob in dense_layers)):
         if not fnmatch.filter(names, glob):
             raise ConfigError(f"space.{key}: {glob!r} matches no module of the model; {near_miss(glob, names)}")
-    found_groups, refused = coupled_groups(model, example, slabs=slabs, hidden=hidden) if channels else ((), ())
+    found_groups, refused = coupled_groups(model, example, hidden=hidden) if channels else ((), ())
     is_free = {entry.group.root: not _is_protected(entry.group.layers, protect) for entry in found_groups}
     protected = [Refused(root, "protected") for root, free in is_free.items() if not free]
     groups, wrong = _tested(model, example, [entry for entry in found_groups if is_free[entry.group.root]])
     found = droppable_blocks(model, example) if blocks else ()
     found = tuple(block for block in found if not _is_protected((block.name, *block.layers), protect))
     order = {name: position for position, (name, _) in enumerate(model.named_modules())}
-    units = sorted((*_channel_units(groups, found), *_block_units(found)), key=lambda unit: order[unit.name])
+    units = sorted((*_channel_units(model, groups, found), *_block_units(found)), key=lambda unit: order[unit.name])
     if weights:
-        units += _weight_units(model, example, found, dense=(*protect, *dense_layers))
+        within, shared = _weight_units(model, example, found, dense=(*protect, *dense_layers))
+        units += within
+        refused = (*refused, *shared)
     if not units:
         reasons = "; ".join(f"{entry.root}: {entry.reason}" for entry in (*refused, *protected, *wrong))
         raise ModelError(f"nothing in this model can be pruned ({reasons or 'no convolution or linear layer found'})")
@@ -87,30 +88,48 @@ def _with_ancestors(name: str) -> list[str]:
     return [".".join(parts[: length + 1]) for length in range(len(parts))]
 
 
-def _channel_units(groups: Sequence[Group], blocks: Sequence[Block]) -> list[Unit]:
+def _channel_units(model: nn.Module, groups: Sequence[Group], blocks: Sequence[Block]) -> list[Unit]:
     units = []
     for group in groups:
-        parent = next((block.name for block in blocks if set(group.layers) <= set(block.layers)), None)
-        units.append(Unit(group.root, "channels", group.width, group.layers, parent))
+        parent = next((block.name for block in blocks if set(group.layers) <= {block.name, *block.layers}), None)
+        units.append(Unit(group.root, _kind(model, group), group.width, group.layers, parent))
     return units
+
+
+def _kind(model: nn.Module, group: Group) -> Kind:
+    """Heads are known by what is done with them; features by lying between linear layers and nothing else."""
+    if group.heads:
+        return "heads"
+    linear = all(isinstance(model.get_submodule(member.layer), (nn.Linear, *NORMS)) for member in group.members)
+    return "ffn" if linear and not group.slabs else "channels"
 
 
 def _block_units(blocks: Sequence[Block]) -> list[Unit]:
     return [Unit(block.name, "block", 1, block.layers) for block in blocks]
 
 
-def _weight_units(model: nn.Module, example: Tensor, blocks: Sequence[Block], *, dense: Sequence[str]) -> list[Unit]:
-    """One for each layer that runs once and is one matrix, in execution order."""
+def _weight_units(
+    model: nn.Module, example: Tensor, blocks: Sequence[Block], *, dense: Sequence[str]
+) -> tuple[list[Unit], list[Refused]]:
+    """One for each layer that runs once and is one matrix, in execution order; and those that share their weights."""
     modules = dict(model.named_modules())
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    refused = []
     runs = Counter(call.name for call in calls(model, example))
     units = []
     for name, times in runs.items():
         layer = modules[name]
         if times > 1 or not is_matrix(layer) or _is_protected((name,), dense):
             continue
+        others = [other for other in names.get(id(layer.weight), ()) if other != f"{name}.weight"]
+        if others:
+            refused.append(Refused(f"{name}.weight", f"{others[0]} is the same tensor, and would change with it"))
+            continue
         parent = next((block.name for block in blocks if name in block.layers), None)
         units.append(Unit(f"{name}.weight", "weights", layer.weight.numel(), (name,), parent, len(layer.weight)))
-    return units
+    return units, refused
 
 
 def _tested(

@@ -218,7 +218,7 @@ def _neighbours(space: Space, widths: WidthMap) -> _Neighbours:
     starts = np.concatenate([[0], np.cumsum(space.sizes)]).astype(np.intp)
     rows, units, layers = [], [], []
     for unit, entry in enumerate(space.entries):
-        touched = widths.touched(unit) if entry.unit.kind == "channels" else np.zeros(0, dtype=np.intp)
+        touched = widths.touched(unit) if entry.unit.narrows else np.zeros(0, dtype=np.intp)
         options = len(entry.options)
         rows.append(np.repeat(np.arange(starts[unit], starts[unit] + options), len(touched)))
         units.append(np.full(options * len(touched), unit, dtype=np.intp))

@@ -53,7 +53,7 @@ class LiveMap:
         times = np.zeros((len(space.units), len(sizes)))
         for unit, entry in enumerate(space.entries):
             narrowest = entry.options[-1]
-            if entry.unit.kind != "channels" or narrowest.keep == entry.unit.width:
+            if not entry.unit.narrows or narrowest.keep == entry.unit.width:
                 continue
             choice = tuple(len(entry.options) - 1 if unit == place else 0 for place in range(len(space.entries)))
             cut = record(build(choice), example, planned=planned)

@@ -8,6 +8,7 @@ from typing import TypeVar
 from autoprune.core.budget import parse_limit
 from autoprune.core.outcome import OutcomeRecord, TrialRecord
 from autoprune.core.policy import Measured
+from autoprune.core.unit import NARROWED
 from autoprune.errors import ConfigError
 from autoprune.report import numbers
 from autoprune.report.svg import Bar, Plot, Point, axis_over, bars
@@ -98,7 +99,7 @@ def widths(outcome: OutcomeRecord) -> str:
     for unit in outcome.units:
         if unit.keep == 0:
             rows.append(Bar(unit.name, 0, widest if unit.width == 1 else unit.width, "dropped", "dropped"))
-        elif unit.kind == "channels":
+        elif unit.kind in NARROWED:
             rows.append(Bar(unit.name, unit.keep, unit.width, f"{unit.keep} of {unit.width}"))
     return bars(rows, "width kept of every unit") if rows else ""
 

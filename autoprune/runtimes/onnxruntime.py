@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -20,9 +21,9 @@ from autoprune.core.unit import Form
 from autoprune.errors import TargetError
 from autoprune.runtimes._onnx_loader import onnxruntime, session_options
 from autoprune.runtimes.base import Array
+from autoprune.runtimes.onnx_symbolics import OPSET, register
 from autoprune.runtimes.shared import cause, whole
 
-OPSET = 18
 _INPUT, _OUTPUT = "input", "output"
 
 
@@ -95,6 +96,7 @@ def export(model: nn.Module, example: Tensor, *, dynamic_batch: bool = False) ->
 
     The TorchScript exporter goes first because it is 30 times faster than the newer one, which is asked when it fails.
     """
+    register()
     frozen = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     inputs = example.detach().cpu()
     with _quiet():
@@ -154,9 +156,20 @@ def _providers(target: Target) -> list[str]:
     return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
 
+def _no_log(*_: object) -> None:
+    """Print nothing."""
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    sink = io.StringIO()
+    """Nothing of what exporters print: a model that cannot be exported is told once, and by us."""
+    sink, level, log = io.StringIO(), logging.root.manager.disable, torch._C._jit_onnx_log
     with warnings.catch_warnings(), redirect_stdout(sink), redirect_stderr(sink):
         warnings.simplefilter("ignore")
-        yield
+        logging.disable(logging.WARNING)
+        torch._C._jit_onnx_log = _no_log  # the exporter turns this log on by a slip, and it goes past sys.stdout
+        try:
+            yield
+        finally:
+            logging.disable(level)
+            torch._C._jit_onnx_log = log

@@ -5,13 +5,13 @@ Both for channels, and for zeros inside layers where a space has them (all other
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
 from autoprune.core.pattern import parse_pattern
 from autoprune.core.space import Choice
-from autoprune.core.unit import Compensate, Kind, Option
+from autoprune.core.unit import NARROWED, Compensate, Option
 from autoprune.searching.problem import Floats, Ints, Problem, as_choice
 
 _SLACK = 1e-9  # of rounding in a fraction times a width
@@ -29,7 +29,7 @@ def uniform(
     fractions = np.unique(np.concatenate([[1.0], *(keeps / keeps[0] for keeps, _ in menu.values())]))[::-1]
     choices = np.array([_by_unit(problem, menu, _shares(menu, float(ratio))) for ratio in fractions])
     if integers:
-        for unit, (_, indices) in _menu(problem, "weights", _is_dense_integer).items():
+        for unit, (_, indices) in _menu(problem, ("weights",), _is_dense_integer).items():
             choices[:, unit] = indices[0]
     return _first_that_fits(problem, choices)
 
@@ -80,7 +80,7 @@ def uniform_sparsity(problem: Problem, *, method: str, bits: int) -> Choice | No
 
 def uniform_ranks(problem: Problem) -> Choice | None:
     """All layers in two by the largest common share of their weights that fits; None when nothing fits."""
-    menu = _menu(problem, "weights", lambda option: bool(option.rank) or option.method == "keep")
+    menu = _menu(problem, ("weights",), lambda option: bool(option.rank) or option.method == "keep")
     shares = sorted({keep / keeps[0] for keeps, _ in menu.values() for keep in keeps}, reverse=True)
     if len(shares) < 2:
         return None
@@ -119,11 +119,13 @@ _Menu = dict[int, tuple[Ints, Ints]]
 """For a unit: (widths or weights kept, option indices), most first; the first is the unit left whole."""
 
 
-def _menu(problem: Problem, kind: Kind, allowed: Callable[[Option], bool]) -> _Menu:
-    """Of each unit of a kind the options that are `allowed`; units without any are left out."""
+def _menu(problem: Problem, kinds: Collection[str], allowed: Callable[[Option], bool]) -> _Menu:
+    """Of each unit of these kinds the options that are `allowed`; units without any are left out."""
     menu: _Menu = {}
     for unit, entry in enumerate(problem.space.entries):
-        indices = [index for index, option in enumerate(entry.options) if entry.unit.kind == kind and allowed(option)]
+        if entry.unit.kind not in kinds:
+            continue
+        indices = [index for index, option in enumerate(entry.options) if allowed(option)]
         if indices:
             keeps = [entry.options[index].keep for index in indices]
             menu[unit] = (np.array(keeps, dtype=np.int64), np.array(indices, dtype=np.int64))
@@ -140,7 +142,7 @@ def _narrower(problem: Problem, method: str, compensate: Compensate) -> _Menu:
     def allowed(option: Option) -> bool:
         return option.method == "keep" or (option.method == method and option.compensate == compensate)
 
-    return _menu(problem, "channels", allowed)
+    return _menu(problem, NARROWED, allowed)
 
 
 def _sparser(problem: Problem, method: str, bits: int) -> _Menu:
@@ -149,7 +151,7 @@ def _sparser(problem: Problem, method: str, bits: int) -> _Menu:
     def allowed(option: Option) -> bool:
         return option.bits == bits and option.method in (method, "dense", "keep")
 
-    return _menu(problem, "weights", allowed)
+    return _menu(problem, ("weights",), allowed)
 
 
 def _shares(menu: _Menu, ratio: float) -> dict[int, float]:
