@@ -144,6 +144,7 @@ def test_a_narrow_stream(name: str) -> None:
         assert model.get_parameter("head.weight") is model.get_parameter("tokens.weight")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
 def test_streams_of_transformers(name: str) -> None:
     hugging_face = pytest.importorskip("test_hugging_face")

@@ -65,8 +65,14 @@ def example_of(name: str) -> Tensor:
         torch.randint(3, 50, (2, 9), generator=generator))  # fmt: skip
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", MODELS)
+QUICK = {("llama", "sdpa"), ("gpt2", "eager"), ("bert", "sdpa"), ("vit", "eager")}
+EVERY = [
+    pytest.param(name, attention, marks=() if (name, attention) in QUICK else pytest.mark.slow)
+    for name in MODELS for attention in ("eager", "sdpa")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "attention"), EVERY)
 def test_heads_and_feed_forward_widths(name: str, attention: str) -> None:
     example = example_of(name)
     plain = plain_copy(made(name, attention), example)

@@ -43,7 +43,7 @@ class Traced:
     """For every reshape, split or expansion: the module that ran it, and what came of it."""
     products: list[Product] = field(default_factory=list)
     """Every product, in execution order."""
-    reads: list[tuple[frozenset[str], Expr]] = field(default_factory=list)
+    reads: set[tuple[frozenset[str], Expr]] = field(default_factory=set)
     """For every product: the parameters on one side of it, and the dimension that it sums over."""
 
     def read_by(self, parameter: str, dim: int) -> frozenset[int]:
@@ -126,7 +126,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def note_read(self, tensor: Tensor, expr: Expr) -> None:
         """Remember that a product sums over a dimension of `tensor`."""
-        self.traced.reads.append((self.origins(tensor), expr))
+        self.traced.reads.add((self.origins(tensor), expr))
 
     @property
     def module(self) -> str:
@@ -210,7 +210,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         for module in training:
             module.training = False
         torch.backends.mha.set_fastpath_enabled(False)
-        torch._C._set_mkldnn_enabled(False)
+        if any(isinstance(module, RECURRENT) for module in model.modules()):
+            torch._C._set_mkldnn_enabled(False)  # its kernel for them is one operation; convolutions want theirs
         yield
     finally:
         torch._C._set_mkldnn_enabled(fast)

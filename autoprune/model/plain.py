@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -152,9 +152,10 @@ def _used(model: nn.Module, example: Tensor, kinds: Kinds) -> dict[str, tuple[st
         finally:
             for handle in handles:
                 handle.remove()
+        all_unread = _are_unread(model, [modules[name] for name in calls], example, wanted)
         uses: dict[str, tuple[str, ...]] = {}
         for name, how in kinds.items():
-            unread = name in calls and _is_unread(model, modules[name], example, wanted)
+            unread = name in calls and (all_unread or _are_unread(model, [modules[name]], example, wanted))
             if how[0] == "attention":
                 fused = bool(modules[name]._qkv_same_embed_dim) and all(_is_of_one(*call) for call in calls[name])
                 uses[name] = (*how, *(["fused"] if fused else []), *(["silent"] if unread else []))
@@ -175,18 +176,19 @@ def _is_of_one(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return given["query"] is given["key"] is given["value"]
 
 
-def _is_unread(model: nn.Module, module: nn.Module, example: Tensor, wanted: Nested) -> bool:
-    """Whether the model computes the same whatever `module` returns beside its output: attention weights, states."""
+def _are_unread(model: nn.Module, modules: Sequence[nn.Module], example: Tensor, wanted: Nested) -> bool:
+    """Whether the model computes the same whatever `modules` return beside their output: attention weights, states."""
 
     def spoil(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         return output[0], tree_map_only(Tensor, lambda beside: torch.full_like(beside, math.nan), output[1])
 
-    handle = module.register_forward_hook(spoil)
+    handles = [module.register_forward_hook(spoil) for module in modules]
     try:
-        pairs = zip(tensors_of(model(example)), tensors_of(wanted), strict=True)
+        pairs = zip(tensors_of(model(example)), tensors_of(wanted), strict=True) if modules else ()
         return all(torch.equal(one.isnan(), other.isnan()) for one, other in pairs)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
