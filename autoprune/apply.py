@@ -61,7 +61,8 @@ def apply(path: Path, subject: Subject) -> Applied:
         for name, option in options.items()
         if policy.units[name].kind in NARROWED
     }
-    plan = plan_cut(anatomy.widths, anatomy.groups, kept=kept, dropped=dropped)
+    kernels = {layer: option.keep for layer, option in anatomy.kernels(options).items()}
+    plan = plan_cut(anatomy.widths, anatomy.groups, kept=kept, dropped=dropped, kernels=kernels)
     model = cut(subject.model, plan)
     gone = {layer for block in dropped for layer in block.layers}
     layers = {unit.name: unit.layers[0] for unit in anatomy.units if unit.kind == "weights"}
@@ -146,6 +147,9 @@ def _check_units(path: Path, policy: Policy, anatomy: Anatomy) -> None:
         elif units[name].width != decision.of or not _alike(units[name], decision):
             have = f"{units[name].kind} of {units[name].width}"
             problems.append(f"units.{name}: the policy says {decision.kind} of {decision.of}, the model has {have}")
+        elif decision.kind == "kernel" and decision.keep not in units[name].sizes:
+            able = " or ".join(str(size) for size in units[name].sizes)
+            problems.append(f"units.{name}: a kernel of {decision.keep} cannot be cut out of it; keep {able}")
     if problems:
         raise PolicyError(f"{path}: does not fit the model:\n{listed(problems)}")
 

@@ -77,12 +77,23 @@ def halves(layer, rank):
     return nn.Sequential(first, type(layer)(rank, layer.out_channels, 1, bias=biased))
 
 
+def shrink(layer, window):
+    """Give a convolution a smaller kernel about the middle of its own."""
+    lost = (layer.kernel_size[0] - window[0]) // 2
+    if lost:
+        if not isinstance(layer.padding, str):
+            layer.padding = tuple(each - lost for each in layer.padding)
+        layer._reversed_padding_repeated_twice = [each - lost for each in layer._reversed_padding_repeated_twice]
+        layer.kernel_size = window
+
+
 def fit(layer, name, state):
     """Give one layer the shapes of the stored tensors."""
     weight = state.get(f"{{name}}.weight", state.get(f"{{name}}.running_mean"))
     if weight is None:
         return
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        shrink(layer, tuple(weight.shape[2:]))
         if layer.groups == layer.in_channels == layer.out_channels > 1:
             layer.groups = layer.in_channels = weight.shape[0]
         else:

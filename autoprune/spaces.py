@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from autoprune.core.budget import parse_fraction
 from autoprune.core.pattern import parse_pattern
 from autoprune.core.space import Space, UnitOptions
-from autoprune.core.unit import DROP, LOW_RANK, Bits, Compensate, Form, InputBits, Option, Unit, keep_all
+from autoprune.core.unit import CENTER, DROP, LOW_RANK, Bits, Compensate, Form, InputBits, Option, Unit, keep_all
 from autoprune.errors import ConfigError, listed, near_miss
 from autoprune.files import read_yaml
 from autoprune.problems import problems_of
@@ -93,6 +93,8 @@ class SpaceSpec(BaseModel):
     blocks: bool = True
     weights: tuple[WeightChoice, ...] = ()
     """What may be done to the weights inside layers."""
+    kernels: tuple[Annotated[int, Field(ge=3)], ...] = ()
+    """Sides that kernels of 5 and more may be cut to, about their middle: [3], [5, 3]. Empty: they stay."""
     dense_layers: tuple[str, ...] = ()
     """Globs of layers whose weights stay dense floats."""
     protect: tuple[str, ...] = ()
@@ -105,12 +107,19 @@ class SpaceSpec(BaseModel):
             raise ValueError("each method with each compensation may stand here once")
         return methods
 
+    @field_validator("kernels")
+    @classmethod
+    def _odd(cls, kernels: tuple[int, ...]) -> tuple[int, ...]:
+        if any(size % 2 == 0 for size in kernels):
+            raise ValueError("a kernel is cut to its middle, of an odd side: [3], [5, 3]")
+        return kernels
+
     @model_validator(mode="after")
     def _something(self) -> SpaceSpec:
         if self.channels and not self.methods:
             raise ValueError("methods: channels need at least one method (or set channels: false)")
-        if not (self.channels or self.blocks or self.weights):
-            raise ValueError("nothing may be pruned: channels and blocks are off and weights is empty")
+        if not (self.channels or self.blocks or self.weights or self.kernels):
+            raise ValueError("nothing may be pruned: channels and blocks are off, weights and kernels are empty")
         return self
 
 
@@ -159,6 +168,8 @@ def resolve(
             options: tuple[Option, ...] = (DROP,) if spec.blocks else ()
         elif unit.kind == "weights":
             options = _weight_options(unit, spec, forms)
+        elif unit.kind == "kernel":
+            options = _kernel_options(unit, spec)
         else:
             widths = _widths(unit, spec, aligned(unit) if aligned else ()) if spec.channels else []
             options = tuple(
@@ -181,6 +192,12 @@ def _weight_options(unit: Unit, spec: SpaceSpec, forms: Collection[Form]) -> tup
     found |= {option for choice in spec.weights for option in _low_ranks(unit, choice.ranks)}
     order = sorted(found, key=lambda o: (-o.keep, -o.bits, -o.inputs, o.method, o.pattern))
     return tuple(option for option in order if option.form != "integer" or "integer" in forms)
+
+
+def _kernel_options(unit: Unit, spec: SpaceSpec) -> tuple[Option, ...]:
+    """Largest first: what is left solved again for what went, and as it is."""
+    sizes = [size for size in unit.sizes if size in spec.kernels]
+    return tuple(Option(CENTER, size, how) for size in sizes for how in get_args(Compensate)[::-1])
 
 
 def _low_ranks(unit: Unit, shares: Sequence[float]) -> set[Option]:

@@ -81,7 +81,7 @@ def packed_model(state: Mapping[str, Tensor], quantised: Mapping[str, Codes]) ->
 
 
 def storage_of(stitcher: Stitcher, space: Space, architecture: Architecture, files: FileFormat) -> Storage:
-    """What every choice of `space` takes of a file. `architecture` has each layer once for each of its forms."""
+    """What every choice of `space` takes of a file. `architecture` has each layer once for each of its states."""
     dense_bytes = files.size(stitcher.model, FLOATS)
     weights = [entry for entry in space.entries if entry.unit.kind == "weights"]
     if files.kind == "onnx":
@@ -103,7 +103,7 @@ def _plain_rate(option: Option) -> Rate:
 def _onnx_storage(
     stitcher: Stitcher, weights: Sequence[UnitOptions], architecture: Architecture, files: FileFormat, dense_bytes: int
 ) -> Storage:
-    dense = [layer for layer in architecture.layers if layer.form == "float"]
+    dense = stitcher.anatomy.architecture.layers
     known = onnx_bytes(stitcher.model, files.example, norms=files.norms, layers=dense, dynamic_batch=True)
     rounding = _rounding_bytes(stitcher, weights, files, known, dense_bytes)
     rates = {

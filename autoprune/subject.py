@@ -118,6 +118,7 @@ def subject_of(task: Task, progress: Progress) -> Subject:
         blocks=task.spec.blocks,
         weights=bool(task.spec.weights),
         dense_layers=task.spec.dense_layers,
+        kernels=bool(task.spec.kernels),
     )
     for refused in anatomy.refused:
         progress.note(f"kept whole: {refused.root} ({refused.reason})")

@@ -178,6 +178,8 @@ def _ranked_only(space: Space, bank: Bank, stitcher: Stitcher, progress: Progres
         if entry.unit.kind == "weights" and len(options) > 1 and not stitcher.editor.can_edit(entry.unit.layers[0]):
             options = options[:1]
             progress.note(f"{entry.unit.name}: too wide for second moments; its weights stay as they are")
+        if entry.unit.kind == "kernel" and not stitcher.editor.can_edit(entry.unit.layers[0]):
+            options = tuple(option for option in options if option.compensate == "none")
         if known is not None:
             options = (options[0], *(option for option in options[1:] if option.method in known))
             if len(options) < len(entry.options):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -13,8 +13,7 @@ from autoprune.bank.depth import Run
 from autoprune.bank.mend import Mender, Solution
 from autoprune.bank.sparse import Edit, Editor, apply_edit
 from autoprune.core.unit import DROP, Option
-from autoprune.model.blocks import Block
-from autoprune.model.coupling import Group, is_matrix
+from autoprune.model.coupling import is_matrix
 from autoprune.model.cut import CutPlan, Kept, cut, plan_cut
 from autoprune.model.discover import Anatomy
 from autoprune.model.factor import factor_layer
@@ -48,16 +47,14 @@ class Stitcher:
         self._mender = Mender(model, bank.statistics, norms=bank.norms)
         self.editor = Editor(model, bank.statistics, norms=bank.norms)
         self._weights = {unit.name: unit.layers[0] for unit in anatomy.units if unit.kind == "weights"}
+        self._groups = {group.root for group in anatomy.groups}
 
     def plan(self, options: Mapping[str, Option]) -> CutPlan:
         """What `options` (unit name -> option, kept units left out) mean for each layer."""
         dropped = [block for block in self.anatomy.blocks if options.get(block.name) == DROP]
-        kept = {
-            name: self.bank.kept(name, option)
-            for name, option in options.items()
-            if option != DROP and name not in self._weights
-        }
-        return plan_cut(self.anatomy.widths, self.anatomy.groups, kept=kept, dropped=dropped)
+        kept = {name: self.bank.kept(name, option) for name, option in options.items() if name in self._groups}
+        kernels = {layer: option.keep for layer, option in self.anatomy.kernels(options).items()}
+        return plan_cut(self.anatomy.widths, self.anatomy.groups, kept=kept, dropped=dropped, kernels=kernels)
 
     def build(self, options: Mapping[str, Option], *, recalibrate: bool = True) -> Candidate:
         """The really cut model of a decision."""
@@ -92,13 +89,17 @@ class Stitcher:
         return edits
 
     def _solutions(self, options: Mapping[str, Option], plan: CutPlan) -> dict[str, Solution]:
-        """New weights of every layer that reads a unit whose option compensates, or stands in for dropped blocks."""
+        """New weights of every layer that reads a unit whose option compensates, or whose kernel's does, or that stands
+        in for dropped blocks.
+        """
         mending = {
             member.layer
             for group in self.anatomy.groups
             if group.root in options and options[group.root].compensate != "none"
             for member in group.on("in")
         }
+        kernels = self.anatomy.kernels(options)
+        mending |= {layer for layer, option in kernels.items() if option.compensate != "none"}
         dropped = {block.name for block in plan.dropped}
         gone = {layer for block in plan.dropped for layer in block.layers}
         runs = {layer: _longest(known, dropped) for layer, known in self.bank.runs.items()} if dropped else {}
@@ -106,10 +107,10 @@ class Stitcher:
         for name in mending | {layer for layer, run in runs.items() if run is not None}:
             if name in gone:
                 continue
-            inputs, run = plan.layers.get(name, Kept()).inputs, runs.get(name)
-            if inputs is None and run is None:
+            kept, run = plan.layers.get(name, Kept()), runs.get(name)
+            if kept.reads_all and run is None:
                 continue
-            solution = self._mender.mend(name, inputs, run)
+            solution = self._mender.mend(name, kept, run)
             if solution is not None:
                 solutions[name] = solution
         return solutions
@@ -134,7 +135,7 @@ def shape_only(
 
     Layers that compute in integers do so by `arithmetic`; `norms` are then needed, too.
     """
-    shaped = cut(model, _first_channels(anatomy.groups, anatomy.blocks, options, anatomy.widths))
+    shaped = cut(model, _first_channels(anatomy, options))
     gone = {layer for block in anatomy.blocks if options.get(block.name) == DROP for layer in block.layers}
     for unit in anatomy.units:
         option = options.get(unit.name)
@@ -157,11 +158,10 @@ def _keep_two_of_four(layer: nn.Module) -> None:
     layer.weight.data = layer.weight.data.masked_fill(gone, 0.0)
 
 
-def _first_channels(
-    groups: Collection[Group], blocks: Sequence[Block], options: Mapping[str, Option], widths: Mapping[str, int]
-) -> CutPlan:
-    dropped = [block for block in blocks if options.get(block.name) == DROP]
+def _first_channels(anatomy: Anatomy, options: Mapping[str, Option]) -> CutPlan:
+    dropped = [block for block in anatomy.blocks if options.get(block.name) == DROP]
     kept: dict[str, Tensor] = {
-        group.root: torch.arange(options[group.root].keep) for group in groups if group.root in options
+        group.root: torch.arange(options[group.root].keep) for group in anatomy.groups if group.root in options
     }
-    return plan_cut(widths, groups, kept=kept, dropped=dropped)
+    kernels = {layer: option.keep for layer, option in anatomy.kernels(options).items()}
+    return plan_cut(anatomy.widths, anatomy.groups, kept=kept, dropped=dropped, kernels=kernels)

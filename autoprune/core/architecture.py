@@ -19,6 +19,14 @@ class Width:
 
 
 @dataclass(frozen=True, slots=True)
+class Condition:
+    """What must have become of `unit`: its option gives this form, or keeps this many."""
+
+    unit: str
+    state: Form | int
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
     """One layer with parameters: what sets its cost.
 
@@ -26,7 +34,8 @@ class Layer:
     positions and `kernel` the kernel's area; a depthwise layer has one input for each output. `weights` and `extra`
     count parameters: `weights` of them go with inputs times outputs (outputs alone when depthwise or norm), `extra`
     with outputs. `buffers` likewise counts bytes of buffers. `block` is the unit whose removal removes the layer. A
-    layer that is there in several forms is listed once for each: it is there when the option of `unit` says `form`.
+    layer that is there in several states (forms, sizes of its kernel) is listed once for each combination of them: it
+    is there when all conditions of `when` hold, at most one for each unit.
     """
 
     name: str
@@ -44,8 +53,8 @@ class Layer:
     buffer_bytes_fixed: int
     """Bytes of buffers whatever the width (a batch counter)."""
     block: str | None = None
-    unit: str | None = None
     form: Form = "float"
+    when: tuple[Condition, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

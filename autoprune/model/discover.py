@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from autoprune.core.architecture import Architecture
-from autoprune.core.unit import Kind, Unit
+from autoprune.core.unit import Kind, Option, Unit
 from autoprune.errors import ConfigError, ModelError, near_miss
 from autoprune.model.blocks import Block, droppable_blocks
+from autoprune.model.compare import same_outputs
 from autoprune.model.coupling import NORMS, Candidate, Group, Refused, coupled_groups, is_matrix
 from autoprune.model.cut import cut, plan_cut, side_widths
 from autoprune.model.describe import describe
+from autoprune.model.kernel_units import kernel_units
 from autoprune.model.observe import calls
 from autoprune.model.written import with_numbers
-from autoprune.nest import Nested, first_tensor, tensors_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +42,21 @@ class Anatomy:
         """The group of a `channels` unit."""
         return next(group for group in self.groups if group.root == name)
 
+    def kernels(self, options: Mapping[str, Option]) -> dict[str, Option]:
+        """Layer to what `options` (by unit) do to its kernel."""
+        layers = {unit.name: unit.layers[0] for unit in self.units if unit.kind == "kernel"}
+        return {layers[name]: option for name, option in options.items() if name in layers}
 
-def discover(
+
+def discover(  # noqa: PLR0913 (a switch for each kind of unit)
     model: nn.Module, example: Tensor, *, protect: Sequence[str] = (), channels: bool = True, blocks: bool = True,
-    weights: bool = False, dense_layers: Sequence[str] = (), slabs: bool = False,
+    weights: bool = False, dense_layers: Sequence[str] = (), slabs: bool = False, kernels: bool = False,
 ) -> Anatomy:  # fmt: skip
     """All units of `model` but those that `protect`'s globs name by any of their layers.
 
     With `weights`, also one for the weights inside each layer that is one matrix, but for `dense_layers` (globs).
-    With `slabs`, also channels that reach parameters outside convolutions, linear layers and batch norms.
+    With `slabs`, also channels that reach parameters outside convolutions, linear layers and batch norms; with
+    `kernels`, also the kernels of convolutions that have a smaller middle.
     `example` is a small batch of real data. Raises ConfigError for a glob that matches nothing, ModelError when the
     model cannot be traced or nothing in it can be pruned.
     """
@@ -67,6 +74,10 @@ def discover(
     units = sorted((*_channel_units(model, groups, found), *_block_units(found)), key=lambda unit: order[unit.name])
     if weights:
         units += _weight_units(model, example, found, dense=(*protect, *dense_layers))
+    if kernels:
+        sized, whole = kernel_units(model, example, found)
+        units += [unit for unit in sized if not _is_protected(unit.layers, protect)]
+        refused = (*refused, *whole)
     if not units:
         reasons = "; ".join(f"{entry.root}: {entry.reason}" for entry in (*refused, *protected, *wrong))
         raise ModelError(f"nothing in this model can be pruned ({reasons or 'no convolution or linear layer found'})")
@@ -143,21 +154,13 @@ def _tested(
 
 def _cut_check(model: nn.Module, example: Tensor) -> Callable[[Sequence[Group]], bool]:
     """A test of groups: every third channel is cut, and the same channels masked where they are read."""
-    widths = side_widths(model)
-    with torch.no_grad():
-        dense = _compared(model(example))
-    tolerances = [1e-4 * float(tensor.abs().max().clamp_min(1e-3)) for tensor in dense]
+    widths, alike = side_widths(model), same_outputs(model, example)
 
     def same(groups: Sequence[Group]) -> bool:
         kept = {g.root: torch.tensor([c for c in range(g.width) if c % 3 != 1]) for g in groups}
         try:
-            with torch.no_grad():
-                smaller = cut(model, plan_cut(widths, groups, kept=kept, dropped=()))
-                pairs = zip(_compared(smaller(example)), _compared(_masked(model, groups, kept)(example)), strict=True)
-                return all(
-                    torch.allclose(one, other, rtol=1e-3, atol=tolerance, equal_nan=True)
-                    for (one, other), tolerance in zip(pairs, tolerances, strict=True)
-                )
+            smaller = cut(model, plan_cut(widths, groups, kept=kept, dropped=()))
+            return alike(smaller, _masked(model, groups, kept))
         except Exception:  # noqa: BLE001 (whatever a foreign forward raises once widths differ: it cannot be cut)
             return False
 
@@ -186,9 +189,3 @@ def _mask_inputs(weight: Tensor, positions: Tensor, groups: int) -> None:
     for position in positions.tolist():
         group, column = divmod(position, inputs)
         weight[group * outputs : (group + 1) * outputs, column] = 0
-
-
-def _compared(output: Nested) -> list[Tensor]:
-    """The tensors of a model's output that a cut must leave alone. Raises ModelError where there is none."""
-    first_tensor(output)
-    return [tensor for tensor in tensors_of(output) if tensor.is_floating_point() and tensor.numel()]

@@ -127,7 +127,7 @@ def stored_otherwise(architecture: Architecture, space: Space, storage: Storage 
         for index, unit in enumerate(space.units)
         if unit.kind == "weights" and storage is not None
         for place, layer in enumerate(architecture.layers)
-        if unit.name == layer.unit or unit.layers == (layer.name,)
+        if unit.layers == (layer.name,) or any(condition.unit == unit.name for condition in layer.when)
     ]
     return Stored(
         np.asarray([unit for unit, _ in pairs], dtype=np.intp),

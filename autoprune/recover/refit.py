@@ -1,4 +1,4 @@
-"""Refit: every layer that lost inputs is solved again, one after the other, on what really reaches it.
+"""Refit: every layer that lost inputs or taps is solved again, one after the other, on what really reaches it.
 
 Compensation in the bank assumes that everything before a layer is dense. Here the inputs come from the pruned network
 as it is, and the target is what the dense network has at the same place: for a branch that is added to a shortcut it
@@ -149,7 +149,7 @@ def _within_memory(model: nn.Module, batches: Sequence[Tensor]) -> tuple[Tensor,
 
 
 def _sites(reference: Reference, plan: CutPlan, model: nn.Module, *, edited: Collection[str]) -> list[Site]:
-    """Layers to solve, in execution order: those with cut inputs or edits, and every branch added to a shortcut."""
+    """Layers to solve, in execution order: those that read less or have edits, and every branch added to a shortcut."""
     tails = {norm: layer for layer, norm in reference.norms.items()}
     modules = dict(model.named_modules())
     run = dict.fromkeys(call.name for call in calls(model, reference.batches[0][:2]))  # in execution order
@@ -162,7 +162,7 @@ def _sites(reference: Reference, plan: CutPlan, model: nn.Module, *, edited: Col
         kept = plan.layers.get(name)
         if tail is not None and plan.layers.get(tail, Kept()).outputs is None:
             sites.append(Site(name, norm, stand_in(reference.links, tail, dropped), added=True))
-        elif name in edited or (kept is not None and kept.inputs is not None):
+        elif name in edited or (kept is not None and not kept.reads_all):
             sites.append(Site(name, norm, norm or name, added=False))
     return sites
 
