@@ -305,7 +305,8 @@ def _task(config: Config, folder: Path) -> Task:
 def _any_policy(task: Task) -> Task:
     """The task with every kind of unit that a policy may name, whatever space it was searched in."""
     weights, kernels = task.spec.weights or (WeightChoice(bits=(8,)),), task.spec.kernels or (SMALLEST,)
-    kinds = {"channels": True, "blocks": True, "weights": weights, "kernels": kernels}
+    resolutions = task.spec.resolutions or (0.5,)
+    kinds = {"channels": True, "blocks": True, "weights": weights, "kernels": kernels, "resolutions": resolutions}
     return replace(task, spec=task.spec.model_copy(update=kinds))
 
 

@@ -36,6 +36,7 @@ FACTORY = {factory!r}
 DROPPED = {dropped!r}  # block -> what stays of it
 SPLIT = {split!r}  # layer that is two now -> channels between them
 NUMBERS = {numbers!r}  # module -> integers that its forward reads, such as how many heads it has
+RESIZED = {resized!r}  # height and width that the model resizes its input to, where it does
 ROUNDED = {rounded!r}  # layer that computes in 8-bit integers -> what hands its output on, scale and zero of both
 
 
@@ -134,6 +135,12 @@ def model():
     for name, layer in network.named_modules():
         fit(layer, name, state)
     network.load_state_dict(state)
+    if RESIZED:
+        network.register_forward_pre_hook(
+            lambda _network, inputs: (
+                nn.functional.interpolate(inputs[0], size=RESIZED, mode="bilinear", antialias=True), *inputs[1:]
+            )
+        )
     for name, (tail, *grids) in ROUNDED.items():
         reads, makes = grids[:2], grids[2:]
         network.get_submodule(name).register_forward_pre_hook(
@@ -174,7 +181,7 @@ def write_model(
     rounded = {layer: (each.tail, *each.numbers) for layer, each in applied.arithmetic.items()}
     write_text(script, _SCRIPT.format(
         factory=factory, weights=weights.name, dropped=dropped, split=dict(applied.ranks), rounded=rounded,
-        numbers=numbers,
+        numbers=numbers, resized=plan.size,
     ))  # fmt: skip
     written["rebuild script"] = script
     own = source / factory.partition(":")[0]

@@ -85,7 +85,7 @@ def storage_of(stitcher: Stitcher, space: Space, architecture: Architecture, fil
     dense_bytes = files.size(stitcher.model, FLOATS)
     weights = [entry for entry in space.entries if entry.unit.kind == "weights"]
     if files.kind == "onnx":
-        return _onnx_storage(stitcher, weights, architecture, files, dense_bytes)
+        return _onnx_storage(stitcher, space, architecture, files, dense_bytes)
     if files.kind == "packed":
         return _packed_storage(stitcher, weights, architecture, dense_bytes)
     layers = tuple(
@@ -101,8 +101,9 @@ def _plain_rate(option: Option) -> Rate:
 
 
 def _onnx_storage(
-    stitcher: Stitcher, weights: Sequence[UnitOptions], architecture: Architecture, files: FileFormat, dense_bytes: int
+    stitcher: Stitcher, space: Space, architecture: Architecture, files: FileFormat, dense_bytes: int
 ) -> Storage:
+    weights = [entry for entry in space.entries if entry.unit.kind == "weights"]
     dense = stitcher.anatomy.architecture.layers
     known = onnx_bytes(stitcher.model, files.example, norms=files.norms, layers=dense, dynamic_batch=True)
     rounding = _rounding_bytes(stitcher, weights, files, known, dense_bytes)
@@ -110,7 +111,21 @@ def _onnx_storage(
         entry.unit.name: tuple(_onnx_rate(known, entry.unit.layers[0], option, rounding) for option in entry.options)
         for entry in weights
     }
-    return Storage(dense_bytes, tuple(_onnx_layer(known, layer) for layer in architecture.layers), rates)
+    resizing = _resizing_bytes(stitcher, space, files, dense_bytes)
+    layers = (
+        LayerBytes(resizing, 0.0) if layer.kind == "resize" else _onnx_layer(known, layer)
+        for layer in architecture.layers
+    )
+    return Storage(dense_bytes, tuple(layers), rates)
+
+
+def _resizing_bytes(stitcher: Stitcher, space: Space, files: FileFormat, dense_bytes: int) -> float:
+    """What resizing the input takes; 0 where nothing does."""
+    for entry in space.entries:
+        if entry.unit.kind == "resolution" and len(entry.options) > 1:
+            candidate = stitcher.build({entry.unit.name: entry.options[-1]}, recalibrate=False)
+            return float(files.size(candidate.model, FLOATS) - dense_bytes)
+    return 0.0
 
 
 def _onnx_layer(known: OnnxBytes, layer: Layer) -> LayerBytes:
@@ -156,7 +171,9 @@ def _packed_storage(
     held: dict[str, list[Item]] = defaultdict(list)
     for item in inventory.items:
         held[item.name.rpartition(".")[0]].append(item)
-    layers = tuple(_packed_layer(held[layer.name], name_bytes) for layer in architecture.layers)
+    layers = tuple(
+        _packed_layer(() if layer.kind == "resize" else held[layer.name], name_bytes) for layer in architecture.layers
+    )
     rates = {entry.unit.name: _packed_rates(stitcher.model, entry, stitcher.editor) for entry in weights}
     return Storage(dense_bytes, layers, rates)
 

@@ -119,6 +119,7 @@ def subject_of(task: Task, progress: Progress) -> Subject:
         weights=bool(task.spec.weights),
         dense_layers=task.spec.dense_layers,
         kernels=bool(task.spec.kernels),
+        resolutions=bool(task.spec.resolutions),
     )
     for refused in anatomy.refused:
         progress.note(f"kept whole: {refused.root} ({refused.reason})")

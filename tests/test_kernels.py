@@ -380,5 +380,5 @@ def test_search_yaml_apply_rebuild_and_back(tmp_path: Path) -> None:
     text = policy.read_text()
     start = text.index(name)
     policy.write_text(text[:start] + text[start:].replace("keep: 3", "keep: 1", 1))
-    with pytest.raises(PolicyError, match=f"units.{name}: a kernel of 1 cannot be cut out of it"):
+    with pytest.raises(PolicyError, match=f"units.{name}: a kernel of 1 is not possible here"):
         api.apply(policy, subject)

@@ -111,8 +111,12 @@ def _without_moments(view: UnitView, criterion: Method) -> UnitView:
     )  # fmt: skip
 
 
-def local_harms(space: Space, bank: Bank, model: nn.Module, *, anatomy: Anatomy, editor: Editor) -> dict[str, Harms]:
-    """Two priors from calibration alone, for every option of `space`.
+def local_harms(
+    space: Space, bank: Bank, model: nn.Module, *, anatomy: Anatomy, editor: Editor,
+    resized: Mapping[int, float] | None = None,
+) -> dict[str, Harms]:  # fmt: skip
+    """Two priors from calibration alone, for every option of `space`. `resized` is the relative squared error of the
+    model's outputs for each smaller height of its input: what no layer's own inputs say.
 
     `reconstruction`: squared error of the consumers' outputs over their dense energy, summed over consumers (a dropped
     block loses all of its last layer's output: 1). `second_order`: the same error weighted by the Fisher information of
@@ -136,6 +140,10 @@ def local_harms(space: Space, bank: Bank, model: nn.Module, *, anatomy: Anatomy,
             for index, option in enumerate(entry.options[1:], start=1):
                 kept = bank.kept(entry.unit.name, option)
                 local[:, index] = _errors(view, fishers, option=option, kept=kept, fallback=means)
+        elif entry.unit.kind == "resolution":
+            last = _last_layer([layer.name for layer in anatomy.architecture.layers], bank)
+            shares = np.asarray([(resized or {})[option.keep] for option in entry.options[1:]])
+            local[:, 1:] = np.outer([1.0, _whole(last, bank, model) if last else 1.0], shares)
         elif entry.unit.kind == "kernel":
             for index, option in enumerate(entry.options[1:], start=1):
                 local[:, index] = _kernel_errors(bank, model, layer=entry.unit.layers[0], option=option)

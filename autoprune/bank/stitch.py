@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from autoprune.bank.build import Bank
 from autoprune.bank.depth import Run
@@ -14,7 +14,7 @@ from autoprune.bank.mend import Mender, Solution
 from autoprune.bank.sparse import Edit, Editor, apply_edit
 from autoprune.core.unit import DROP, Option
 from autoprune.model.coupling import is_matrix
-from autoprune.model.cut import CutPlan, Kept, cut, plan_cut
+from autoprune.model.cut import CutPlan, Kept, cut
 from autoprune.model.discover import Anatomy
 from autoprune.model.factor import factor_layer
 from autoprune.model.integers import Arithmetic, compute_in_integers, deployed
@@ -51,10 +51,8 @@ class Stitcher:
 
     def plan(self, options: Mapping[str, Option]) -> CutPlan:
         """What `options` (unit name -> option, kept units left out) mean for each layer."""
-        dropped = [block for block in self.anatomy.blocks if options.get(block.name) == DROP]
         kept = {name: self.bank.kept(name, option) for name, option in options.items() if name in self._groups}
-        kernels = {layer: option.keep for layer, option in self.anatomy.kernels(options).items()}
-        return plan_cut(self.anatomy.widths, self.anatomy.groups, kept=kept, dropped=dropped, kernels=kernels)
+        return self.anatomy.plan(options, kept)
 
     def build(self, options: Mapping[str, Option], *, recalibrate: bool = True) -> Candidate:
         """The really cut model of a decision."""
@@ -135,7 +133,8 @@ def shape_only(
 
     Layers that compute in integers do so by `arithmetic`; `norms` are then needed, too.
     """
-    shaped = cut(model, _first_channels(anatomy, options))
+    first = {g.root: torch.arange(options[g.root].keep) for g in anatomy.groups if g.root in options}
+    shaped = cut(model, anatomy.plan(options, first))
     gone = {layer for block in anatomy.blocks if options.get(block.name) == DROP for layer in block.layers}
     for unit in anatomy.units:
         option = options.get(unit.name)
@@ -156,12 +155,3 @@ def _keep_two_of_four(layer: nn.Module) -> None:
     columns = layer.weight.shape[1]
     gone = (torch.arange(columns) % 4 >= 2).view(-1, *(1,) * (layer.weight.ndim - 2))
     layer.weight.data = layer.weight.data.masked_fill(gone, 0.0)
-
-
-def _first_channels(anatomy: Anatomy, options: Mapping[str, Option]) -> CutPlan:
-    dropped = [block for block in anatomy.blocks if options.get(block.name) == DROP]
-    kept: dict[str, Tensor] = {
-        group.root: torch.arange(options[group.root].keep) for group in anatomy.groups if group.root in options
-    }
-    kernels = {layer: option.keep for layer, option in anatomy.kernels(options).items()}
-    return plan_cut(anatomy.widths, anatomy.groups, kept=kept, dropped=dropped, kernels=kernels)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from autoprune.core.unit import Form
 
-LayerKind = Literal["conv", "depthwise", "linear", "norm", "other"]
+LayerKind = Literal["conv", "depthwise", "linear", "norm", "resize", "other"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +64,5 @@ class Architecture:
     layers: tuple[Layer, ...]
     other_params: int = 0
     other_bytes: int = 0
+    smaller: tuple[tuple[int, tuple[Layer, ...]], ...] = ()
+    """Heights of smaller inputs, each with the layers as they are then: the resizing, and all others in their order."""

@@ -29,7 +29,7 @@ class _Value(BaseModel):
 
 class UnitDecision(_Value):
     """What happens to one unit: `keep` of its `of` channels or weights by `method`, or the block dropped (keep 0 of 1),
-    or a kernel of side `of` cut to its middle (method `center`).
+    or a kernel of side `of` cut to its middle (method `center`), or input images of height `of` resized.
 
     Zeros in a layer's weights follow `pattern` (`2:4`, `70%`, `4x1 50%`); `bits` says how they are stored. With a
     `rank` the layer is two, that many channels between them; with `inputs: 8` it computes in integers.
@@ -51,6 +51,8 @@ class UnitDecision(_Value):
             raise ValueError(f"keep ({self.keep}) is more than there is (of: {self.of})")
         if self.kind in NARROWED and self.keep < 1:
             raise ValueError("at least one channel must stay (keep: 1)")
+        if self.kind in ("kernel", "resolution") and self.keep < 1:
+            raise ValueError("a side of at least one must stay (keep: 1)")
         if self.kind == "block" and self.of != 1:
             raise ValueError("a block is one thing (of: 1)")
         if self.kind == "kernel" and not (self.keep % 2 and self.of % 2):

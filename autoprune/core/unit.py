@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-Kind = Literal["channels", "heads", "ffn", "block", "weights", "kernel"]
+Kind = Literal["channels", "heads", "ffn", "block", "weights", "kernel", "resolution"]
 NARROWED: Final = ("channels", "heads", "ffn")
 """Kinds of units of which some channels may go: attention heads and feed-forward features are such channels, too."""
 
@@ -32,8 +32,9 @@ class Unit:
     `heads` unit of attention heads and an `ffn` unit of features that lie between linear layers (a feed-forward part).
     A `block` unit is named by its module and has width 1; a `weights` unit is named by one layer's weight
     (`fc1.weight`) and has `width` of them, the same number for each of `outputs`. A `kernel` unit is named by one
-    convolution's kernel (`conv.kernel`), whose side is `width` and may become one of `sizes`. `layers` are all layers
-    it touches; `parent` is the block unit whose removal makes this unit moot.
+    convolution's kernel (`conv.kernel`), whose side is `width` and may become one of `sizes`; so is the one
+    `resolution` unit, whose side is the height of the model's input images, and which touches all layers and names
+    none. `layers` are all layers it touches; `parent` is the block unit whose removal makes this unit moot.
     """
 
     name: str
@@ -58,7 +59,8 @@ class Option:
     `keep` weights stay that `pattern` leaves (`2:4`, `70%`, ...; empty: all, method `dense`), stored in `bits`. The
     method `low_rank` makes two layers of one, with `rank` channels between them and `keep` weights in both. With
     `inputs` of 8 bits, what the layer reads and makes is rounded too, and it computes in integers. Of a `kernel` unit
-    the method `center` leaves the middle, of side `keep`.
+    the method `center` leaves the middle, of side `keep`; of a `resolution` unit the method `resize` has the model
+    shrink its input to that height.
     """
 
     method: str
@@ -100,3 +102,5 @@ LOW_RANK = "low_rank"
 """The method that splits a layer in two."""
 CENTER = "center"
 """The method that cuts a convolution's kernel to its middle."""
+RESIZE = "resize"
+"""The method that has a model resize its input."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from autoprune.model.blocks import Block, Dropped
 from autoprune.model.coupling import CONVOLUTIONS, NORMS, Group, is_depthwise
 from autoprune.model.kernels import cropped, resize
+from autoprune.model.resolution import Size, resize_input
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +54,13 @@ class CutPlan:
     """Parameter and dimension -> the positions that stay, ascending."""
     numbers: Mapping[tuple[str, str], int] = field(default_factory=dict)
     """Module and attribute -> the integer it holds afterwards."""
+    size: Size | None = None
+    """To what the model is to resize its input; None where it reads it as it is."""
 
 
 def plan_cut(
     widths: Mapping[str, int], groups: Collection[Group], *, kept: Mapping[str, Tensor], dropped: Collection[Block],
-    kernels: Mapping[str, int] | None = None,
+    kernels: Mapping[str, int] | None = None, size: Size | None = None,
 ) -> CutPlan:  # fmt: skip
     """What `kept` (group root -> kept channels) and `kernels` (layer -> side that stays) mean for each layer.
 
@@ -84,10 +87,10 @@ def plan_cut(
         indices, before = mask.nonzero().flatten(), layers.get(layer, Kept())
         inputs, outputs = (indices, before.outputs) if end == "in" else (before.inputs, indices)
         layers[layer] = Kept(inputs, outputs)
-    for layer, size in (kernels or {}).items():
+    for layer, kernel in (kernels or {}).items():
         if layer not in gone:
-            layers[layer] = replace(layers.get(layer, Kept()), kernel=size)
-    return CutPlan(layers, tuple(dropped), dict(kept), _kept_slabs(groups, kept, gone), numbers)
+            layers[layer] = replace(layers.get(layer, Kept()), kernel=kernel)
+    return CutPlan(layers, tuple(dropped), dict(kept), _kept_slabs(groups, kept, gone), numbers, size)
 
 
 def _kept_slabs(
@@ -121,6 +124,8 @@ def side_widths(model: nn.Module) -> dict[str, int]:
 def cut(model: nn.Module, plan: CutPlan, mended: Mapping[str, Mended] | None = None) -> nn.Module:
     """A smaller copy of `model`. `mended` gives new input-side weights of layers that stay."""
     smaller = copy.deepcopy(model)
+    if plan.size is not None:
+        resize_input(smaller, plan.size)
     for (name, attribute), value in plan.numbers.items():
         setattr(smaller.get_submodule(name), attribute, value)
     for (parameter, dim), indices in plan.slabs.items():

@@ -9,21 +9,22 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from autoprune.core.architecture import Architecture
-from autoprune.core.unit import Kind, Option, Unit
+from autoprune.core.architecture import Architecture, Layer, Width
+from autoprune.core.unit import DROP, Kind, Option, Unit
 from autoprune.errors import ConfigError, ModelError, near_miss
 from autoprune.model.blocks import Block, droppable_blocks
 from autoprune.model.compare import same_outputs
 from autoprune.model.coupling import NORMS, Candidate, Group, Refused, coupled_groups, is_matrix
-from autoprune.model.cut import cut, plan_cut, side_widths
+from autoprune.model.cut import CutPlan, cut, plan_cut, side_widths
 from autoprune.model.describe import describe
 from autoprune.model.kernel_units import kernel_units
 from autoprune.model.observe import calls
+from autoprune.model.resolution import Size, resized, smaller_inputs
 from autoprune.model.written import with_numbers
 
 
@@ -37,10 +38,20 @@ class Anatomy:
     refused: tuple[Refused, ...]
     architecture: Architecture
     widths: dict[str, int]
+    inputs: dict[int, Size] = field(default_factory=dict)
+    """Heights of smaller inputs that the model runs on, each with the whole size."""
 
     def group(self, name: str) -> Group:
         """The group of a `channels` unit."""
         return next(group for group in self.groups if group.root == name)
+
+    def plan(self, options: Mapping[str, Option], kept: Mapping[str, Tensor]) -> CutPlan:
+        """What `options` (by unit) mean for each layer, `kept` being the channels that stay of narrowed units."""
+        dropped = [block for block in self.blocks if options.get(block.name) == DROP]
+        kernels = {layer: option.keep for layer, option in self.kernels(options).items()}
+        sides = [options[unit.name].keep for unit in self.units if unit.kind == "resolution" and unit.name in options]
+        size = self.inputs[sides[0]] if sides else None
+        return plan_cut(self.widths, self.groups, kept=kept, dropped=dropped, kernels=kernels, size=size)
 
     def kernels(self, options: Mapping[str, Option]) -> dict[str, Option]:
         """Layer to what `options` (by unit) do to its kernel."""
@@ -51,12 +62,14 @@ class Anatomy:
 def discover(  # noqa: PLR0913 (a switch for each kind of unit)
     model: nn.Module, example: Tensor, *, protect: Sequence[str] = (), channels: bool = True, blocks: bool = True,
     weights: bool = False, dense_layers: Sequence[str] = (), slabs: bool = False, kernels: bool = False,
+    resolutions: bool = False,
 ) -> Anatomy:  # fmt: skip
     """All units of `model` but those that `protect`'s globs name by any of their layers.
 
     With `weights`, also one for the weights inside each layer that is one matrix, but for `dense_layers` (globs).
     With `slabs`, also channels that reach parameters outside convolutions, linear layers and batch norms; with
-    `kernels`, also the kernels of convolutions that have a smaller middle.
+    `kernels`, also the kernels of convolutions that have a smaller middle; with `resolutions`, also the size of the
+    input, where that is images and the model runs on smaller ones with outputs of the same shapes.
     `example` is a small batch of real data. Raises ConfigError for a glob that matches nothing, ModelError when the
     model cannot be traced or nothing in it can be pruned.
     """
@@ -78,11 +91,40 @@ def discover(  # noqa: PLR0913 (a switch for each kind of unit)
         sized, whole = kernel_units(model, example, found)
         units += [unit for unit in sized if not _is_protected(unit.layers, protect)]
         refused = (*refused, *whole)
+    inputs = smaller_inputs(model, example) if resolutions else {}
+    if inputs:
+        units.append(_resolution_unit(units, example, inputs))
+    elif resolutions:
+        reason = "no images, or the model does not give outputs of the same shapes for smaller ones"
+        refused = (*refused, Refused("input", reason))
     if not units:
         reasons = "; ".join(f"{entry.root}: {entry.reason}" for entry in (*refused, *protected, *wrong))
         raise ModelError(f"nothing in this model can be pruned ({reasons or 'no convolution or linear layer found'})")
     architecture = describe(model, example, groups=groups, blocks=found)
-    return Anatomy(tuple(units), groups, found, (*refused, *protected, *wrong), architecture, side_widths(model))
+    smaller = tuple(
+        (side, (_resizing(example, size), *describe(model, resized(example, size), groups=groups, blocks=found).layers))
+        for side, size in inputs.items()
+    )
+    return Anatomy(
+        tuple(units), groups, found, (*refused, *protected, *wrong), replace(architecture, smaller=smaller),
+        side_widths(model), inputs,
+    )  # fmt: skip
+
+
+def _resolution_unit(units: Sequence[Unit], example: Tensor, inputs: Mapping[int, Size]) -> Unit:
+    """The unit for the size of the input; named otherwise where a layer has that name."""
+    taken = any(unit.name == "input" for unit in units)
+    return Unit("input.resolution" if taken else "input", "resolution", example.shape[2], (), sizes=tuple(inputs))
+
+
+def _resizing(example: Tensor, size: Size) -> Layer:
+    """The step that resizes images like those of `example`, as the cost table sees it: without MACs or parameters."""
+    before, after = ("x".join(str(side) for side in sides) for sides in (example.shape[2:], size))
+    channels = Width(example.shape[1])
+    return Layer(
+        name="", kind="resize", signature=f"resize {before}->{after}", inputs=channels, outputs=channels, kernel=1,
+        groups=1, positions=size[0] * size[1], bias_like=0, buffer_bytes_each=0, buffer_bytes_fixed=0,
+    )  # fmt: skip
 
 
 def _layers_of(group: Group) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Layers in other states: what a layer becomes when an option replaces it by something that costs differently to run.
 
-Kernels first, then forms: a layer that is split in two has its kernel in the first half.
+Resolutions first, which change all layers at once, then kernels, then forms: a layer that is split in two has its
+kernel in the first half.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ _Variants = Callable[[Layer], list[Layer]]
 
 
 def with_forms(architecture: Architecture, space: Space, forms: Collection[Form] = get_args(Form)) -> Architecture:
-    """`architecture` with each layer once for every combination of what the options of `space` make of it: sizes of its
-    kernel, and forms, of those among `forms`.
+    """`architecture` with each layer once for every combination of what the options of `space` make of it: the size of
+    the model's input, that of its kernel, and forms, of those among `forms`.
     """
     deciding: dict[str, list[_Variants]] = {}
     for entry in sorted(space.entries, key=lambda entry: entry.unit.kind != "kernel"):
@@ -29,12 +30,29 @@ def with_forms(architecture: Architecture, space: Space, forms: Collection[Form]
         elif entry.unit.kind == "weights":
             deciding.setdefault(entry.unit.layers[0], []).append(_forms(entry, forms))
     layers: list[Layer] = []
-    for layer in architecture.layers:
+    for layer in _at_resolutions(architecture, space):
         parts = [layer]
         for variants in deciding.get(layer.name, ()):
             parts = [variant for part in parts for variant in variants(part)]
         layers += parts
     return replace(architecture, layers=tuple(layers))
+
+
+def _at_resolutions(architecture: Architecture, space: Space) -> tuple[Layer, ...]:
+    """The layers once for each size of the input that `space` allows; those that are the same at all sizes, once."""
+    entry = next((entry for entry in space.entries if entry.unit.kind == "resolution" and len(entry.options) > 1), None)
+    if entry is None:
+        return architecture.layers
+    at = {entry.unit.width: architecture.layers, **dict(architecture.smaller)}
+    sides = [option.keep for option in entry.options]
+    always = set(architecture.layers).intersection(*(at[side] for side in sides))
+    there: dict[Layer, None] = {}
+    for side in sides:
+        condition = Condition(entry.unit.name, side)
+        there |= {
+            layer if layer in always else replace(layer, when=(*layer.when, condition)): None for layer in at[side]
+        }
+    return tuple(there)
 
 
 def _kernels(entry: UnitOptions) -> _Variants:

@@ -29,6 +29,7 @@ from autoprune.model.coupling import CONVOLUTIONS, NORMS
 from autoprune.model.cut import CutPlan, Kept
 from autoprune.model.flow import norm_scale, norms_after, tails_of
 from autoprune.model.observe import calls, largest_activation, watching
+from autoprune.model.resolution import resized
 
 MOST_ACTIVATION_BYTES = 2**29
 """The largest activation of all images together; a refit needs about five times that. Beyond, fewer images are used."""
@@ -47,13 +48,15 @@ class RefitSettings:
 class Site:
     """One layer to solve: what makes its output (`tail`: the layer or its norm) and where the target is read.
 
-    `target` is the dense model's layer whose output, or whose sum when `added`, is aimed at.
+    `target` is the dense model's layer whose output, or whose sum when `added`, is aimed at; its map is resized to
+    `grid` where a smaller input makes the layer's own smaller.
     """
 
     layer: str
     norm: str | None
     target: str
     added: bool
+    grid: tuple[int, ...] | None = None
 
     @property
     def tail(self) -> str:
@@ -152,8 +155,9 @@ def _sites(reference: Reference, plan: CutPlan, model: nn.Module, *, edited: Col
     """Layers to solve, in execution order: those that read less or have edits, and every branch added to a shortcut."""
     tails = {norm: layer for layer, norm in reference.norms.items()}
     modules = dict(model.named_modules())
-    run = dict.fromkeys(call.name for call in calls(model, reference.batches[0][:2]))  # in execution order
-    layers = [name for name in run if is_solvable(modules[name], reference.settings.max_columns)]
+    run = {call.name: call.output.shape for call in calls(model, reference.batches[0][:2])}  # in execution order
+    grids = _grids(reference, run) if plan.size is not None else dict.fromkeys(run)
+    layers = [name for name in run if name in grids and is_solvable(modules[name], reference.settings.max_columns)]
     dropped = [block.name for block in plan.dropped]
     added = {tails.get(tail, tail): tail for tail in reference.links}
     sites = []
@@ -161,10 +165,25 @@ def _sites(reference: Reference, plan: CutPlan, model: nn.Module, *, edited: Col
         norm, tail = reference.norms.get(name), added.get(name)
         kept = plan.layers.get(name)
         if tail is not None and plan.layers.get(tail, Kept()).outputs is None:
-            sites.append(Site(name, norm, stand_in(reference.links, tail, dropped), added=True))
+            sites.append(Site(name, norm, stand_in(reference.links, tail, dropped), added=True, grid=grids[name]))
         elif name in edited or (kept is not None and not kept.reads_all):
-            sites.append(Site(name, norm, norm or name, added=False))
+            sites.append(Site(name, norm, norm or name, added=False, grid=grids[name]))
     return sites
+
+
+def _grids(reference: Reference, run: Mapping[str, torch.Size]) -> dict[str, tuple[int, ...] | None]:
+    """For layers that make maps, the size of the candidate's; None for those that make as many outputs as the dense
+    one. Other layers, such as those that read a smaller map as tokens, have no counterparts to aim at and are left out.
+    """
+    dense = {call.name: call.output.shape for call in calls(reference.model, reference.batches[0][:2])}
+    grids: dict[str, tuple[int, ...] | None] = {}
+    for name, shape in run.items():
+        before = dense.get(name, torch.Size())
+        if len(shape) == 4:
+            grids[name] = tuple(shape[2:])
+        elif shape[:-1] == before[:-1]:
+            grids[name] = None
+    return grids
 
 
 def _chosen(site: str, batch: int, positions: int, each: int) -> Tensor:
@@ -188,6 +207,8 @@ def _dense_targets(reference: Reference, sites: Sequence[Site], plan: CutPlan) -
 
     def take(site: Site, values: Tensor) -> None:
         layer = modules[site.layer]
+        if site.grid is not None and tuple(values.shape[2:]) != site.grid:
+            values = resized(values, (site.grid[0], site.grid[1]))
         chosen = _chosen(site.layer, batch_index, positions_of(layer, values), each)
         picked = sampled_outputs(layer, values, chosen)
         kept = plan.layers.get(site.tail)
