@@ -219,6 +219,7 @@ def test_activations_are_those_of_the_chosen_size(bench: Workbench, planned: boo
         assert sized.needs(kept.astype(float), block=1) == pytest.approx(own.needs(kept.astype(float), block=1))
 
 
+@pytest.mark.slow
 def test_the_table_learns_what_a_smaller_input_takes(bench: Workbench) -> None:
     """Times by a law in which resizing itself takes a tenth of the dense model's time."""
     architecture, space = bench.costs.architecture, bench.space
