@@ -32,6 +32,7 @@ from autoprune.loading import load_data, load_factory, load_model
 from autoprune.model.describe import macs_of
 from autoprune.model.flow import norms_after
 from autoprune.model.integers import deployed
+from autoprune.model.kernels import SMALLEST
 from autoprune.packing.archive import inventory, unpack
 from autoprune.progress import Progress, Silent
 from autoprune.pursue import Found, fastest, pursue
@@ -303,7 +304,9 @@ def _task(config: Config, folder: Path) -> Task:
 
 def _any_policy(task: Task) -> Task:
     """The task with every kind of unit that a policy may name, whatever space it was searched in."""
-    kinds = {"channels": True, "blocks": True, "weights": task.spec.weights or (WeightChoice(bits=(8,)),)}
+    weights, kernels = task.spec.weights or (WeightChoice(bits=(8,)),), task.spec.kernels or (SMALLEST,)
+    resolutions = task.spec.resolutions or (0.5,)
+    kinds = {"channels": True, "blocks": True, "weights": weights, "kernels": kernels, "resolutions": resolutions}
     return replace(task, spec=task.spec.model_copy(update=kinds))
 
 

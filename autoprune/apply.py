@@ -13,11 +13,11 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from autoprune.core.policy import Policy, UnitDecision
-from autoprune.core.unit import DROP, NARROWED, Unit
+from autoprune.core.unit import NARROWED, Unit
 from autoprune.errors import PolicyError, listed, near_miss
 from autoprune.evidence import GRIDS, KEPT, SCALES, TENSOR
 from autoprune.files import read_policy
-from autoprune.model.cut import CutPlan, cut, plan_cut
+from autoprune.model.cut import CutPlan, cut
 from autoprune.model.discover import Anatomy
 from autoprune.model.factor import factor_layer
 from autoprune.model.flow import norms_after
@@ -58,13 +58,12 @@ def apply(path: Path, subject: Subject) -> Applied:
     _check_units(path, policy, anatomy)
     tensors = _side_tensors(path, policy)
     options = policy.options()
-    dropped = [block for block in anatomy.blocks if options.get(block.name) == DROP]
     kept = {
         name: _kept(path, name, option.keep, policy.units[name].of, tensors)
         for name, option in options.items()
         if policy.units[name].kind in NARROWED
     }
-    plan = plan_cut(anatomy.widths, anatomy.groups, kept=kept, dropped=dropped)
+    plan = anatomy.plan(options, kept)
     model = cut(subject.model, plan)
     gone = {layer for block in plan.dropped for layer in block.layers}
     layers = {unit.name: unit.layers[0] for unit in anatomy.units if unit.kind == "weights"}
@@ -149,6 +148,9 @@ def _check_units(path: Path, policy: Policy, anatomy: Anatomy) -> None:
         elif units[name].width != decision.of or not _alike(units[name], decision):
             have = f"{units[name].kind} of {units[name].width}"
             problems.append(f"units.{name}: the policy says {decision.kind} of {decision.of}, the model has {have}")
+        elif decision.kind in ("kernel", "resolution") and decision.keep not in units[name].sizes:
+            able = " or ".join(str(size) for size in units[name].sizes)
+            problems.append(f"units.{name}: a {decision.kind} of {decision.keep} is not possible here; keep {able}")
     if problems:
         raise PolicyError(f"{path}: does not fit the model:\n{listed(problems)}")
 

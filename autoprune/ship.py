@@ -42,6 +42,7 @@ SPLIT = {split!r}  # layer that is two now -> channels between them
 NUMBERS = {numbers!r}  # module -> integers that its forward reads, such as how many heads it has
 WIDTHS = ("num_features", "num_channels", "num_parameters")  # of norms and slopes
 PLAIN = {plain!r}  # module -> the kind of plain module that stands in for it, and how it is used
+RESIZED = {resized!r}  # height and width that the model resizes its input to, where it does
 ROUNDED = {rounded!r}  # layer that computes in 8-bit integers -> what hands its output on, scale and zero of both
 
 
@@ -90,11 +91,22 @@ def halves(layer, rank):
     return nn.Sequential(first, type(layer)(rank, layer.out_channels, 1, bias=biased))
 
 
+def shrink(layer, window):
+    """Give a convolution a smaller kernel about the middle of its own."""
+    lost = (layer.kernel_size[0] - window[0]) // 2
+    if lost:
+        if not isinstance(layer.padding, str):
+            layer.padding = tuple(each - lost for each in layer.padding)
+        layer._reversed_padding_repeated_twice = [each - lost for each in layer._reversed_padding_repeated_twice]
+        layer.kernel_size = window
+
+
 def fit(layer, name, state, made):
     """Give one layer the shapes of the stored tensors. `made`: new parameters by old; shared ones stay so."""
     before = f"{{name}}." if name else ""
     weight = state.get(f"{{before}}weight", state.get(f"{{before}}running_mean"))
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and weight is not None:
+        shrink(layer, tuple(weight.shape[2:]))
         if layer.groups == layer.in_channels == layer.out_channels > 1:
             layer.groups = layer.in_channels = weight.shape[0]
         else:
@@ -162,6 +174,12 @@ def model():
     for name, layer in network.named_modules():
         fit(layer, name, state, made)
     network.load_state_dict(state)
+    if RESIZED:
+        network.register_forward_pre_hook(
+            lambda _network, inputs: (
+                nn.functional.interpolate(inputs[0], size=RESIZED, mode="bilinear", antialias=True), *inputs[1:]
+            )
+        )
     for name, (tail, *grids) in ROUNDED.items():
         reads, makes = grids[:2], grids[2:]
         network.get_submodule(name).register_forward_pre_hook(
@@ -203,6 +221,7 @@ def write_model(
     write_text(script, _SCRIPT.format(
         factory=factory, weights=weights.name, dropped=dropped, split=dict(applied.ranks), rounded=rounded,
         numbers=numbers, plain=dict(applied.plain), plain_source=_source_of(plain_modules) if applied.plain else "",
+        resized=plan.size,
     ))  # fmt: skip
     written["rebuild script"] = script
     own = source / factory.partition(":")[0]

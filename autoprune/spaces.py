@@ -13,7 +13,19 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from autoprune.core.budget import parse_fraction
 from autoprune.core.pattern import parse_pattern
 from autoprune.core.space import Space, UnitOptions
-from autoprune.core.unit import DROP, LOW_RANK, Bits, Compensate, Form, InputBits, Option, Unit, keep_all
+from autoprune.core.unit import (
+    CENTER,
+    DROP,
+    LOW_RANK,
+    RESIZE,
+    Bits,
+    Compensate,
+    Form,
+    InputBits,
+    Option,
+    Unit,
+    keep_all,
+)
 from autoprune.errors import ConfigError, listed, near_miss
 from autoprune.files import read_yaml
 from autoprune.problems import problems_of
@@ -27,7 +39,16 @@ def _share(value: object) -> object:
     raise ValueError(f"{value!r} is no share of the full rank; write e.g. 25% or 0.25")
 
 
+def _smaller(value: object) -> object:
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        share = parse_fraction(value, key="resolutions")
+        if 0 < share < 1:
+            return share
+    raise ValueError(f"{value!r} is no share of the input's side below one; write e.g. 75% or 0.75")
+
+
 Rank = Annotated[float, BeforeValidator(_share)]
+Resolution = Annotated[float, BeforeValidator(_smaller)]
 
 
 class MethodChoice(BaseModel):
@@ -95,6 +116,12 @@ class SpaceSpec(BaseModel):
     """Whether the width of a stream that norms scale (a transformer's hidden size) may be cut, too."""
     weights: tuple[WeightChoice, ...] = ()
     """What may be done to the weights inside layers."""
+    kernels: tuple[Annotated[int, Field(ge=3)], ...] = ()
+    """Sides that kernels of 5 and more may be cut to, about their middle: [3], [5, 3]. Empty: they stay."""
+    resolutions: tuple[Resolution, ...] = ()
+    """Shares of the side that input images may be resized to by the model itself: [87.5%, 75%]; the nearest size that
+    the model's strides divide is taken. Empty: they stay.
+    """
     dense_layers: tuple[str, ...] = ()
     """Globs of layers whose weights stay dense floats."""
     protect: tuple[str, ...] = ()
@@ -107,12 +134,21 @@ class SpaceSpec(BaseModel):
             raise ValueError("each method with each compensation may stand here once")
         return methods
 
+    @field_validator("kernels")
+    @classmethod
+    def _odd(cls, kernels: tuple[int, ...]) -> tuple[int, ...]:
+        if any(size % 2 == 0 for size in kernels):
+            raise ValueError("a kernel is cut to its middle, of an odd side: [3], [5, 3]")
+        return kernels
+
     @model_validator(mode="after")
     def _something(self) -> SpaceSpec:
         if self.channels and not self.methods:
             raise ValueError("methods: channels need at least one method (or set channels: false)")
-        if not (self.channels or self.blocks or self.weights):
-            raise ValueError("nothing may be pruned: channels and blocks are off and weights is empty")
+        if not (self.channels or self.blocks or self.weights or self.kernels or self.resolutions):
+            raise ValueError(
+                "nothing may be pruned: channels and blocks are off, weights, kernels and resolutions are empty"
+            )
         return self
 
 
@@ -161,6 +197,10 @@ def resolve(
             options: tuple[Option, ...] = (DROP,) if spec.blocks else ()
         elif unit.kind == "weights":
             options = _weight_options(unit, spec, forms)
+        elif unit.kind == "kernel":
+            options = _kernel_options(unit, spec)
+        elif unit.kind == "resolution":
+            options = _resolution_options(unit, spec)
         else:
             widths = _widths(unit, spec, aligned(unit) if aligned else ()) if spec.channels else []
             options = tuple(
@@ -183,6 +223,18 @@ def _weight_options(unit: Unit, spec: SpaceSpec, forms: Collection[Form]) -> tup
     found |= {option for choice in spec.weights for option in _low_ranks(unit, choice.ranks)}
     order = sorted(found, key=lambda o: (-o.keep, -o.bits, -o.inputs, o.method, o.pattern))
     return tuple(option for option in order if option.form != "integer" or "integer" in forms)
+
+
+def _kernel_options(unit: Unit, spec: SpaceSpec) -> tuple[Option, ...]:
+    """Largest first: what is left solved again for what went, and as it is."""
+    sizes = [size for size in unit.sizes if size in spec.kernels]
+    return tuple(Option(CENTER, size, how) for size in sizes for how in get_args(Compensate)[::-1])
+
+
+def _resolution_options(unit: Unit, spec: SpaceSpec) -> tuple[Option, ...]:
+    """The sizes nearest to the wanted shares, largest first."""
+    sides = {min(unit.sizes, key=lambda side: abs(side - share * unit.width)) for share in spec.resolutions}
+    return tuple(Option(RESIZE, side) for side in sorted(sides, reverse=True))
 
 
 def _low_ranks(unit: Unit, shares: Sequence[float]) -> set[Option]:

@@ -82,11 +82,11 @@ def packed_model(state: Mapping[str, Tensor], quantised: Mapping[str, Codes]) ->
 
 
 def storage_of(stitcher: Stitcher, space: Space, architecture: Architecture, files: FileFormat) -> Storage:
-    """What every choice of `space` takes of a file. `architecture` has each layer once for each of its forms."""
+    """What every choice of `space` takes of a file. `architecture` has each layer once for each of its states."""
     dense_bytes = files.size(stitcher.model, FLOATS)
     weights = [entry for entry in space.entries if entry.unit.kind == "weights"]
     if files.kind == "onnx":
-        return _onnx_storage(stitcher, weights, architecture, files, dense_bytes)
+        return _onnx_storage(stitcher, space, architecture, files, dense_bytes)
     if files.kind == "packed":
         return _packed_storage(stitcher, weights, architecture, dense_bytes)
     layers = tuple(
@@ -102,16 +102,31 @@ def _plain_rate(option: Option) -> Rate:
 
 
 def _onnx_storage(
-    stitcher: Stitcher, weights: Sequence[UnitOptions], architecture: Architecture, files: FileFormat, dense_bytes: int
+    stitcher: Stitcher, space: Space, architecture: Architecture, files: FileFormat, dense_bytes: int
 ) -> Storage:
-    dense = [layer for layer in architecture.layers if layer.form == "float"]
+    weights = [entry for entry in space.entries if entry.unit.kind == "weights"]
+    dense = stitcher.anatomy.architecture.layers
     known = onnx_bytes(stitcher.model, files.example, norms=files.norms, layers=dense, dynamic_batch=True)
     rounding = _rounding_bytes(stitcher, weights, files, known, dense_bytes)
     rates = {
         entry.unit.name: tuple(_onnx_rate(known, entry.unit.layers[0], option, rounding) for option in entry.options)
         for entry in weights
     }
-    return Storage(dense_bytes, tuple(_onnx_layer(known, layer) for layer in architecture.layers), rates)
+    resizing = _resizing_bytes(stitcher, space, files, dense_bytes)
+    layers = (
+        LayerBytes(resizing, 0.0) if layer.kind == "resize" else _onnx_layer(known, layer)
+        for layer in architecture.layers
+    )
+    return Storage(dense_bytes, tuple(layers), rates)
+
+
+def _resizing_bytes(stitcher: Stitcher, space: Space, files: FileFormat, dense_bytes: int) -> float:
+    """What resizing the input takes; 0 where nothing does."""
+    for entry in space.entries:
+        if entry.unit.kind == "resolution" and len(entry.options) > 1:
+            candidate = stitcher.build({entry.unit.name: entry.options[-1]}, recalibrate=False)
+            return float(files.size(candidate.model, FLOATS) - dense_bytes)
+    return 0.0
 
 
 def _onnx_layer(known: OnnxBytes, layer: Layer) -> LayerBytes:
@@ -162,12 +177,17 @@ def _packed_storage(
     edited = {entry.unit.layers[0] for entry in weights}
     layers = tuple(
         _packed_tensor(whole.get(layer.name), name_bytes)
-        if layer.kind in ("product", "other")
-        else _packed_layer(held[layer.name], name_bytes, is_edited=layer.unit is not None or layer.name in edited)
+        if layer.kind in ("product", "other", "resize")
+        else _packed_layer(held[layer.name], name_bytes, is_edited=layer.name in edited or _has_form(layer))
         for layer in architecture.layers
     )
     rates = {entry.unit.name: _packed_rates(stitcher.model, entry, stitcher.editor) for entry in weights}
     return Storage(dense_bytes, layers, rates)
+
+
+def _has_form(layer: Layer) -> bool:
+    """Whether it is there in a form that what is done to its weights gives it."""
+    return any(isinstance(condition.state, str) for condition in layer.when)
 
 
 def _packed_layer(items: Sequence[Item], name_bytes: float, *, is_edited: bool) -> LayerBytes:

@@ -129,6 +129,8 @@ def subject_of(task: Task, progress: Progress) -> Subject:
         weights=bool(task.spec.weights),
         dense_layers=task.spec.dense_layers,
         hidden=task.spec.hidden,
+        kernels=bool(task.spec.kernels),
+        resolutions=bool(task.spec.resolutions),
     )
     for refused in anatomy.refused:
         progress.note(f"kept whole: {refused.root} ({refused.reason})")

@@ -180,6 +180,8 @@ def _ranked_only(space: Space, bank: Bank, stitcher: Stitcher, progress: Progres
         if entry.unit.kind == "weights" and len(options) > 1 and not stitcher.editor.can_edit(entry.unit.layers[0]):
             options = options[:1]
             progress.note(f"{entry.unit.name}: too wide for second moments; its weights stay as they are")
+        if entry.unit.kind == "kernel" and not stitcher.editor.can_edit(entry.unit.layers[0]):
+            options = tuple(option for option in options if option.compensate == "none")
         if known is not None:
             options = (options[0], *(option for option in options[1:] if option.method in known))
             if len(options) < len(entry.options):
@@ -202,8 +204,9 @@ def _priors(
     if stored is not None:
         return {name: [stored[f"{name}/{unit}"].numpy() for unit in range(len(space.entries))] for name in names}
     priors: dict[str, Harms] = local_harms(
-        space, stitcher.bank, subject.model, anatomy=subject.anatomy, editor=stitcher.editor
-    )
+        space, stitcher.bank, subject.model, anatomy=subject.anatomy, editor=stitcher.editor,
+        resized=_resized_harms(subject, space, stitcher),
+    )  # fmt: skip
     if count:
         few = selection.first(batches_of(subject, subject.parts.selection.inputs[:count]))
         small = Anchor.of(subject.model, batches_of(subject, subject.task.data.calibration_inputs[:count]))
@@ -213,3 +216,17 @@ def _priors(
     tensors = {f"{name}/{unit}": torch.from_numpy(row) for name in names for unit, row in enumerate(priors[name])}
     store.save_tensors(path, tensors, {"key": key})
     return priors
+
+
+def _resized_harms(subject: Subject, space: Space, stitcher: Stitcher) -> dict[int, float]:
+    """Relative squared error of the outputs on calibration samples for each smaller height of the input."""
+    batch = batches_of(subject, subject.task.data.calibration_inputs[: subject.samples.refit])[0]
+    found: dict[int, float] = {}
+    for entry in space.entries:
+        for option in entry.options[1:] if entry.unit.kind == "resolution" else ():
+            smaller = stitcher.build({entry.unit.name: option}).model
+            with torch.no_grad():
+                wanted, given = first_tensor(subject.model(batch)).double(), first_tensor(smaller(batch)).double()
+            spread = (wanted - wanted.mean(0)).square().sum().clamp_min(1e-30)
+            found[option.keep] = float((given - wanted).square().sum() / spread)
+    return found

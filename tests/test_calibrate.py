@@ -191,7 +191,7 @@ def test_a_small_memory_bound_gives_the_same(patches: int) -> None:
 def test_the_memory_bound_is_kept() -> None:
     widths = {"a": 30, "b": 40, "c": 100, "d": 10, "e": 7000}
     settings = CalibrationSettings(memory_bytes=8 * (40**2 + 30**2), max_columns=6144)
-    passes = list(module._passes(widths, settings))
+    passes = list(module._passes({name: (1, width) for name, width in widths.items()}, settings))
     assert [name for together in passes for name in together] == list(widths)
     for together in passes:
         held = sum(8 * widths[name] ** 2 for name in together if widths[name] <= settings.max_columns)

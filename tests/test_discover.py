@@ -473,9 +473,9 @@ REAL = {
     "adult_mlp": (None, 11, 0),
     "resnet56": ((3, 32, 32), 28, 25),
     "shufflenetv2_x0_5": ((3, 32, 32), 20, 0),
-    "digits_vit": (None, 7, 3),
-    "chargpt": (None, 8, 4),
-    "stories260k": (None, 10, 0),
+    "digits_vit": (None, 7, 9),
+    "chargpt": (None, 8, 12),
+    "stories260k": (None, 10, 15),
 }
 
 

@@ -14,6 +14,7 @@ from autoprune.bank.mend import Mender
 from autoprune.bank.stitch import shape_only
 from autoprune.core.unit import DROP, Option
 from autoprune.methods.compensate import DAMPING
+from autoprune.model.cut import Kept
 from autoprune.model.recalibrate import Anchor
 from autoprune.workbench import Workbench
 
@@ -156,10 +157,10 @@ def test_what_was_solved_is_remembered_within_the_bound(tmp_path: Path) -> None:
     bench = workbench_of(randomised(Joined()), IMAGE, tmp_path)
     mender = Mender(bench.subject.model, bench.bank.statistics, norms=bench.bank.norms)
     inputs = torch.arange(5)
-    assert mender.mend("join", inputs) is mender.mend("join", inputs.clone())
-    assert mender.mend("join", torch.arange(6)) is not mender.mend("join", inputs)
+    assert mender.mend("join", Kept(inputs)) is mender.mend("join", Kept(inputs.clone()))
+    assert mender.mend("join", Kept(torch.arange(6))) is not mender.mend("join", Kept(inputs))
     forgetful = Mender(bench.subject.model, bench.bank.statistics, norms=bench.bank.norms, memory_bytes=0)
-    assert forgetful.mend("join", inputs) is not forgetful.mend("join", inputs)
+    assert forgetful.mend("join", Kept(inputs)) is not forgetful.mend("join", Kept(inputs))
 
 
 @pytest.mark.parametrize("name", ["residual functional", "bottleneck", "grouped 4", "vgg", "unet", "dense"])

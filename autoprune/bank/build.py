@@ -16,16 +16,20 @@ from torch import Tensor, nn
 
 from autoprune.bank.calibrate import CalibrationSettings, LayerStatistics, calibrate, in_memory
 from autoprune.bank.depth import Run
+from autoprune.bank.mend import solve
 from autoprune.bank.sparse import Editor
-from autoprune.bank.views import input_matrix, unit_view
+from autoprune.bank.views import centred, energies, input_matrix, unit_view
 from autoprune.core.space import Space
 from autoprune.core.unit import Option
 from autoprune.methods import method
 from autoprune.methods.base import Consumer, Method, Need, UnitView, order_by
 from autoprune.methods.compensate import least_squares, reconstruction_error
 from autoprune.methods.l2 import l2_scores
+from autoprune.model.coupling import CONVOLUTIONS
 from autoprune.model.cut import Kept
 from autoprune.model.discover import Anatomy
+from autoprune.model.flow import norm_scale
+from autoprune.model.kernels import cropped
 from autoprune.progress import Progress
 
 Harms = list[NDArray[np.float64]]
@@ -62,8 +66,8 @@ def observe(
 ) -> dict[str, LayerStatistics]:  # fmt: skip
     """The calibration pass: statistics of every layer that reads a unit or is one, and of `others`. `keep` as there."""
     readers = [member.layer for group in anatomy.groups for member in group.on("in")]
-    weights = [unit.layers[0] for unit in anatomy.units if unit.kind == "weights"]
-    layers = dict.fromkeys((*readers, *weights, *others))
+    alone = [unit.layers[0] for unit in anatomy.units if unit.kind in ("weights", "kernel")]
+    layers = dict.fromkeys((*readers, *alone, *others))
     return calibrate(
         model,
         tuple(layers),
@@ -121,8 +125,12 @@ def _without_moments(view: UnitView, criterion: Method) -> UnitView:
     )  # fmt: skip
 
 
-def local_harms(space: Space, bank: Bank, model: nn.Module, *, anatomy: Anatomy, editor: Editor) -> dict[str, Harms]:
-    """Two priors from calibration alone, for every option of `space`.
+def local_harms(
+    space: Space, bank: Bank, model: nn.Module, *, anatomy: Anatomy, editor: Editor,
+    resized: Mapping[int, float] | None = None,
+) -> dict[str, Harms]:  # fmt: skip
+    """Two priors from calibration alone, for every option of `space`. `resized` is the relative squared error of the
+    model's outputs for each smaller height of its input: what no layer's own inputs say.
 
     `reconstruction`: squared error of the consumers' outputs over their dense energy, summed over consumers (a dropped
     block loses all of its last layer's output: 1; with branches inside it, all that these lose). `second_order`: the
@@ -148,6 +156,13 @@ def local_harms(space: Space, bank: Bank, model: nn.Module, *, anatomy: Anatomy,
             for index, option in enumerate(entry.options[1:], start=1):
                 kept = bank.kept(entry.unit.name, option)
                 local[:, index] = _errors(view, fishers, option=option, kept=kept, fallback=means)
+        elif entry.unit.kind == "resolution":
+            last = _last_layer([layer.name for layer in anatomy.architecture.layers], bank)
+            shares = np.asarray([(resized or {})[option.keep] for option in entry.options[1:]])
+            local[:, 1:] = np.outer([1.0, _whole(last, bank, model) if last else 1.0], shares)
+        elif entry.unit.kind == "kernel":
+            for index, option in enumerate(entry.options[1:], start=1):
+                local[:, index] = _kernel_errors(bank, model, layer=entry.unit.layers[0], option=option)
         elif entry.unit.kind == "weights":
             if len(entry.options) > 1:
                 local[:, 1:] = _edit_errors(editor, bank, model, layer=entry.unit.layers[0], options=entry.options[1:])
@@ -159,6 +174,32 @@ def local_harms(space: Space, bank: Bank, model: nn.Module, *, anatomy: Anatomy,
         harms["reconstruction"].append(local[0])
         harms["second_order"].append(local[1])
     return harms
+
+
+def _kernel_errors(bank: Bank, model: nn.Module, *, layer: str, option: Option) -> tuple[float, float]:
+    """Relative and Fisher-weighted squared error of a convolution's outputs when the middle of its kernel is left.
+
+    Where its moments were too large to keep, inputs are taken as independent.
+    """
+    module, statistics, kept = model.get_submodule(layer), bank.statistics[layer], Kept(kernel=option.keep)
+    norm = model.get_submodule(bank.norms[layer]) if layer in bank.norms else None
+    assert isinstance(module, CONVOLUTIONS)
+    weight = module.weight
+    new = cropped(weight.detach(), option.keep)
+    if option.compensate != "none":
+        new = solve(module, statistics, kept=kept, norm=norm).mended.weight
+    difference = weight.detach().clone()
+    cropped(difference, option.keep).sub_(new)
+    moments = centred(statistics, shifts=norm is not None or module.bias is not None)
+    parts = [matrix.double().flatten(1) for matrix in (difference, weight.detach())]
+    if moments is None:
+        power = statistics.diagonal.view(module.groups, -1).repeat_interleave(len(weight) // module.groups, 0)
+        lost, whole = ((matrix.square() * power).sum(1) for matrix in parts)
+    else:
+        lost, whole = (energies(matrix, moments) for matrix in parts)
+    scale = norm_scale(norm).square() if norm is not None else torch.ones(len(weight), dtype=torch.float64)
+    share = float((lost * scale).sum() / (whole * scale).sum().clamp_min(1e-30))
+    return share, float((lost * statistics.output_fisher).sum())
 
 
 def _edit_errors(
@@ -220,8 +261,5 @@ def _whole(layer: str, bank: Bank, model: nn.Module) -> float:
         return 1.0
     from_weights = model.get_submodule(layer).weight
     assert isinstance(from_weights, Tensor)
-    matrix = from_weights.detach().double().flatten(1)
-    if matrix.shape[1] != len(statistics.second):
-        return 1.0
-    energy = ((matrix @ statistics.second) * matrix).sum(1)
+    energy = energies(from_weights.detach().double().flatten(1), statistics.second)
     return float((energy * statistics.output_fisher).sum())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.bank.movement import loss_of, movement
-from autoprune.bank.patches import columns, positions_of, sampled_patches
+from autoprune.bank.patches import moments_shape, positions_of, sampled_patches
 from autoprune.model.observe import calls, watching
 from autoprune.nest import first_tensor
 from autoprune.progress import Progress
@@ -43,7 +43,8 @@ class CalibrationSettings:
 
 @dataclass(frozen=True, slots=True)
 class LayerStatistics:
-    """What one layer's inputs looked like. `second` is E[x x^T] (columns, columns) and `mean` E[x], float64.
+    """What one layer's inputs looked like. `second` is E[x x^T] (columns, columns) and `mean` E[x], float64; of a
+    depthwise layer, whose outputs read one channel each, `second` is (channels, taps, taps).
 
     `diagonal` is E[x^2]. `mean_abs`, `zero_share` are (inputs,), `per_sample` (samples, inputs) the mean over
     positions, `taylor` (inputs,) the sum over samples of (sum over positions of x * dL/dx)^2, `output_fisher`
@@ -68,7 +69,8 @@ class _Sums:
 
     chosen_each: int
     generator: torch.Generator
-    keeps_second: bool
+    blocks: int
+    """How many matrices the second moments are; 0 where they are not kept."""
     count: int = 0
     mean: Tensor | float = 0.0
     diagonal: Tensor | float = 0.0
@@ -84,8 +86,11 @@ class _Sums:
         self.count += len(patches)
         self.mean = self.mean + patches.double().sum(0)
         self.diagonal = self.diagonal + patches.square().double().sum(0)
-        if self.keeps_second:
+        if self.blocks == 1:
             self.second = self.second + (patches.T @ patches).double()
+        elif self.blocks:
+            each = patches.view(len(patches), self.blocks, -1).transpose(0, 1)  # (channels, patches, taps)
+            self.second = self.second + (each.mT @ each).double()
         flat = channels_last(layer, inputs)  # (N, positions, inputs)
         self.mean_abs = self.mean_abs + flat.abs().mean(1).double().sum(0)
         self.zero_share = self.zero_share + (flat == 0).float().mean(1).double().sum(0)
@@ -114,8 +119,8 @@ def calibrate(
     """
     modules = dict(model.named_modules())
     shapes = {call.name: call for call in calls(model, batches[0][:1])}
-    widths = {name: columns(modules[name], shapes[name].inputs) for name in layers}
-    passes = list(_passes(widths, settings))
+    sizes = {name: moments_shape(modules[name], shapes[name].inputs) for name in layers}
+    passes = list(_passes(sizes, settings))
     progress.phase("calibrate", len(batches) * len(passes))
     gradients = _gradients(model, layers, batches=batches, targets=targets, limit=settings.gradient_samples)
     moved = movement(model, layers, batches=batches, targets=targets) if settings.movement else {}
@@ -126,7 +131,8 @@ def calibrate(
         for name in together:
             generator = torch.Generator().manual_seed(settings.seed * 7919 + zlib.crc32(name.encode()))
             each = max(1, -(-settings.patches // samples))
-            sums[name] = _Sums(each, generator, keeps_second=widths[name] <= settings.max_columns)
+            blocks, columns = sizes[name]
+            sums[name] = _Sums(each, generator, blocks if columns <= settings.max_columns else 0)
         _observe(model, sums, batches, progress)
         for name in together:
             done = _finished(sums.pop(name), *gradients[name])
@@ -135,12 +141,12 @@ def calibrate(
     return {name: found[name] for name in layers}
 
 
-def _passes(widths: Mapping[str, int], settings: CalibrationSettings) -> Iterator[list[str]]:
-    """Layers that are seen together: their moments fit the memory bound."""
+def _passes(sizes: Mapping[str, tuple[int, int]], settings: CalibrationSettings) -> Iterator[list[str]]:
+    """Layers that are seen together: their moments, (matrices, columns) each, fit the memory bound."""
     together: list[str] = []
     held = 0
-    for name, width in widths.items():
-        needed = 8 * width**2 if width <= settings.max_columns else 0
+    for name, (blocks, columns) in sizes.items():
+        needed = 8 * blocks * columns**2 if columns <= settings.max_columns else 0
         if together and held + needed > settings.memory_bytes:
             yield together
             together, held = [], 0
@@ -241,7 +247,7 @@ def _finished(sums: _Sums, taylor: Tensor, fisher: Tensor) -> LayerStatistics:
     return LayerStatistics(
         mean=mean,
         diagonal=diagonal,
-        second=torch.as_tensor(sums.second).div_(sums.count) if sums.keeps_second else None,
+        second=torch.as_tensor(sums.second).div_(sums.count) if sums.blocks else None,
         mean_abs=torch.as_tensor(sums.mean_abs) / samples,
         zero_share=torch.as_tensor(sums.zero_share) / samples,
         per_sample=torch.cat(sums.per_sample),

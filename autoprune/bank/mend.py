@@ -1,4 +1,4 @@
-"""Weights of a layer after its inputs, or the blocks after it, were cut: a function of its moments and what stays."""
+"""Weights of a layer after what it reads, or the blocks after it, was cut: a function of moments and what stays."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from autoprune.bank.calibrate import LayerStatistics
 from autoprune.bank.depth import Run
-from autoprune.bank.views import centred, input_matrix
+from autoprune.bank.views import centred, kept_columns, moment_blocks
 from autoprune.definite import damped_cholesky, mean_diagonal
 from autoprune.methods.compensate import DAMPING, least_squares
-from autoprune.model.coupling import CONVOLUTIONS
-from autoprune.model.cut import Mended
+from autoprune.model.cut import Kept, Mended
 from autoprune.model.flow import norm_scale
 from autoprune.model.recalibrate import Expected
 
@@ -31,9 +30,9 @@ class Solution:
 class Mender:
     """Mends layers by least squares on calibration moments, remembering what it solved.
 
-    Edits depend on the layer, its kept inputs and the blocks dropped right after it alone, whatever units the inputs
-    belong to, so units that share a consumer (a concatenation) are mended together. `memory_bytes` bounds what is
-    remembered.
+    Edits depend on the layer, its kept inputs and kernel and the blocks dropped right after it alone, whatever units
+    the inputs belong to, so units that share a consumer (a concatenation) are mended together. `memory_bytes` bounds
+    what is remembered.
     """
 
     def __init__(
@@ -43,25 +42,26 @@ class Mender:
         self._modules = dict(model.named_modules())
         self._statistics = statistics
         self._norms = norms
-        self._solved: OrderedDict[tuple[str, bytes, tuple[str, ...]], Solution] = OrderedDict()
+        self._solved: OrderedDict[tuple[str, bytes, int, tuple[str, ...]], Solution] = OrderedDict()
         self._held = 0
         self._memory_bytes = memory_bytes
 
-    def mend(self, name: str, inputs: Tensor | None, run: Run | None = None) -> Solution | None:
-        """New weights of layer `name` reading `inputs` (None: all), in the place of the blocks of `run` too.
+    def mend(self, name: str, kept: Kept, run: Run | None = None) -> Solution | None:
+        """New weights of layer `name` reading what is `kept`, in the place of the blocks of `run` too.
 
         None where its moments were too large to keep.
         """
         statistics = self._statistics.get(name)
         if statistics is None or statistics.second is None:
             return None
-        key = (name, b"" if inputs is None else inputs.numpy().tobytes(), run.blocks if run else ())
+        inputs = b"" if kept.inputs is None else kept.inputs.numpy().tobytes()
+        key = (name, inputs, kept.kernel or 0, run.blocks if run else ())
         if key in self._solved:
             self._solved.move_to_end(key)
             return self._solved[key]
         norm = self._norms.get(name)
         solution = solve(
-            self._modules[name], statistics, inputs=inputs, norm=self._modules[norm] if norm else None, run=run
+            self._modules[name], statistics, kept=kept, norm=self._modules[norm] if norm else None, run=run
         )
         self._solved[key] = solution
         self._held += _bytes(solution)
@@ -76,10 +76,15 @@ def _bytes(solution: Solution) -> int:
 
 
 def solve(
-    layer: nn.Module, statistics: LayerStatistics, *, inputs: Tensor | None, norm: nn.Module | None, run: Run | None
+    layer: nn.Module, statistics: LayerStatistics, *, kept: Kept, norm: nn.Module | None, run: Run | None = None
 ) -> Solution:
-    """The least squares weights and bias of `layer` when it reads `inputs` (channel indices, ascending) alone."""
-    matrix = input_matrix(layer)
+    """The least squares weights and bias of `layer` when it reads what is `kept` alone: inputs, the kernel's middle.
+
+    All outputs are there; those that `kept` leaves are chosen later. Only a layer without groups has a `run`.
+    """
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    matrix = weight.detach().double().flatten(1)  # (outputs, columns of one group)
     bias = layer.bias.detach().double() if isinstance(layer.bias, Tensor) else None
     moments = centred(statistics, shifts=norm is not None or bias is not None)
     assert moments is not None
@@ -97,27 +102,21 @@ def solve(
         added = run.shift / scale
         factor = ((matrix @ moments) * matrix).sum(1) / dense.clamp_min(1e-12)
         expected = Expected(added.float(), factor.float())
-    mended, shift = _by_group(layer, matrix, moments, statistics.mean, inputs)
+    mended, shift = _by_group(layer, matrix, moments, statistics.mean, kept)
     new_bias = (bias + shift + added).to(mended.dtype) if bias is not None else None
     return Solution(Mended(mended, new_bias), expected)
 
 
-def _by_group(
-    layer: nn.Module, matrix: Tensor, moments: Tensor, mean: Tensor, inputs: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _by_group(layer: nn.Module, matrix: Tensor, moments: Tensor, mean: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
     """The solved weight in the layer's own shape, and by how much the mean of each output would fall."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    groups = layer.groups if isinstance(layer, CONVOLUTIONS) else 1
-    area = weight[0, 0].numel()
-    if inputs is None:
-        inputs = torch.arange(matrix.shape[1] // area)
-    each, rows = len(inputs) // groups, len(matrix) // groups
-    parts, shift = [], torch.zeros(len(matrix), dtype=torch.float64)
-    for group in range(groups):
-        columns = (inputs[group * each : (group + 1) * each, None] * area + torch.arange(area)).flatten()
-        lines = slice(group * rows, (group + 1) * rows)
-        solved = least_squares(matrix[lines], moments, columns)
-        shift[lines] = matrix[lines] @ mean - solved @ mean[columns]
+    columns, blocks = kept_columns(layer, kept), moment_blocks(moments, matrix.shape[1])
+    rows, means = matrix.view(len(blocks), -1, matrix.shape[1]), mean.view(len(blocks), -1)
+    parts, shifts = [], []
+    for own, block, middle, stay in zip(rows, blocks, means, columns, strict=True):
+        solved = least_squares(own, block, stay)
+        shifts.append(own @ middle - solved @ middle[stay])
         parts.append(solved)
-    return torch.cat(parts).reshape(len(matrix), each, *weight.shape[2:]).to(weight.dtype), shift
+    window = weight.shape[2:] if kept.kernel is None else (kept.kernel,) * (weight.ndim - 2)
+    return torch.cat(parts).reshape(len(matrix), -1, *window).to(weight.dtype), torch.cat(shifts)

@@ -8,14 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autoprune.model.coupling import CONVOLUTIONS, is_matrix
+from autoprune.model.coupling import CONVOLUTIONS, is_depthwise, is_matrix
 
 
-def columns(layer: nn.Module, inputs: Tensor) -> int:
-    """How many inputs each output of `layer` could read: channels times kernel area, or features."""
-    if isinstance(layer, CONVOLUTIONS):
-        return int(layer.in_channels * torch.tensor(layer.kernel_size).prod())
-    return int(inputs.shape[-1])
+def moments_shape(layer: nn.Module, inputs: Tensor) -> tuple[int, int]:
+    """How many matrices the second moments of the inputs of `layer` are, and the columns of each: all that its outputs
+    could read together (channels times kernel area, or features), and of a depthwise layer each channel's alone.
+    """
+    if not isinstance(layer, CONVOLUTIONS):
+        return 1, int(inputs.shape[-1])
+    area = int(torch.tensor(layer.kernel_size).prod())
+    return (layer.groups, area) if is_depthwise(layer) else (1, layer.in_channels * area)
 
 
 def is_solvable(layer: nn.Module, max_columns: int) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.bank.calibrate import LayerStatistics
-from autoprune.bank.views import centred
+from autoprune.bank.views import centred, kept_columns
 from autoprune.core.pattern import parse_pattern
 from autoprune.core.unit import Option
 from autoprune.model.coupling import is_matrix
@@ -30,8 +30,8 @@ from autoprune.sparsity.quantise import quantise
 _STACKED_BYTES = 2**28
 """Weights of all options that go through one sweep together."""
 
-_Key = tuple[str, bytes, bytes, Option]
-"""Layer, the inputs that stay, what its weights are, what is done to them."""
+_Key = tuple[str, bytes, int, bytes, Option]
+"""Layer, the inputs and the kernel that stay, what its weights are, what is done to them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +171,7 @@ class Editor:
         return statistics is not None and statistics.second is not None
 
     def reading(self, name: str, layer: nn.Module, kept: Kept) -> Reading:
-        """What `layer` reads where `kept` says which of its channels are left; `can_edit` it first."""
+        """What `layer` reads where `kept` says which of its channels and its kernel are left; `can_edit` it first."""
         assert is_matrix(layer)
         statistics, norm = self._statistics[name], self._norms.get(name)
         moments = centred(statistics, shifts=norm is not None or layer.bias is not None)
@@ -182,18 +182,18 @@ class Editor:
         if kept.outputs is not None:
             scale = scale[kept.outputs] if norm else scale  # ones for the outputs at hand
             moved = None if moved is None else moved[kept.outputs]
-        if kept.inputs is not None:
-            area = layer.weight[0, 0].numel()
-            columns = (kept.inputs[:, None] * area + torch.arange(area)).flatten()
+        if not kept.reads_all:
+            columns = kept_columns(self._modules[name], kept)[0]
             moments, mean = moments[columns][:, columns], mean[columns]
             moved = None if moved is None else moved[:, columns]
         return Reading(moments, mean, scale, moved)
 
     def edits(self, name: str, layer: nn.Module, options: Sequence[Option], *, kept: Kept) -> list[Edit]:
-        """What each of `options` makes of the weights that `layer` has now, `kept` saying which channels are left."""
+        """What each of `options` makes of the weights that `layer` has now, `kept` saying what of it is left."""
         assert is_matrix(layer)
         weight = layer.weight.detach()
-        state = (name, b"" if kept.inputs is None else kept.inputs.numpy().tobytes(), _digest(weight))
+        inputs = b"" if kept.inputs is None else kept.inputs.numpy().tobytes()
+        state = (name, inputs, kept.kernel or 0, _digest(weight))
         missing = [option for option in dict.fromkeys(options) if (*state, option) not in self._done]
         found: dict[Option, Edit] = {}
         if missing:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from autoprune.bank.build import Bank
 from autoprune.bank.depth import Run
 from autoprune.bank.mend import Mender, Solution
 from autoprune.bank.sparse import Edit, Editor, apply_edit
 from autoprune.core.unit import DROP, Option
-from autoprune.model.blocks import Block, parts_of
-from autoprune.model.coupling import Group, is_matrix
-from autoprune.model.cut import CutPlan, Kept, cut, plan_cut
+from autoprune.model.blocks import parts_of
+from autoprune.model.coupling import is_matrix
+from autoprune.model.cut import CutPlan, Kept, cut
 from autoprune.model.discover import Anatomy
 from autoprune.model.factor import factor_layer
 from autoprune.model.integers import Arithmetic, compute_in_integers, deployed
@@ -49,16 +49,12 @@ class Stitcher:
         self.editor = Editor(model, bank.statistics, norms=bank.norms)
         self._parts = parts_of(anatomy.blocks)
         self._weights = {unit.name: unit.layers[0] for unit in anatomy.units if unit.kind == "weights"}
+        self._groups = {group.root for group in anatomy.groups}
 
     def plan(self, options: Mapping[str, Option]) -> CutPlan:
         """What `options` (unit name -> option, kept units left out) mean for each layer."""
-        dropped = [block for block in self.anatomy.blocks if options.get(block.name) == DROP]
-        kept = {
-            name: self.bank.kept(name, option)
-            for name, option in options.items()
-            if option != DROP and name not in self._weights
-        }
-        return plan_cut(self.anatomy.widths, self.anatomy.groups, kept=kept, dropped=dropped)
+        kept = {name: self.bank.kept(name, option) for name, option in options.items() if name in self._groups}
+        return self.anatomy.plan(options, kept)
 
     def build(self, options: Mapping[str, Option], *, recalibrate: bool = True) -> Candidate:
         """The really cut model of a decision."""
@@ -93,13 +89,17 @@ class Stitcher:
         return edits
 
     def _solutions(self, options: Mapping[str, Option], plan: CutPlan) -> dict[str, Solution]:
-        """New weights of every layer that reads a unit whose option compensates, or stands in for dropped blocks."""
+        """New weights of every layer that reads a unit whose option compensates, or whose kernel's does, or that stands
+        in for dropped blocks.
+        """
         mending = {
             member.layer
             for group in self.anatomy.groups
             if group.root in options and options[group.root].compensate != "none"
             for member in group.on("in")
         }
+        kernels = self.anatomy.kernels(options)
+        mending |= {layer for layer, option in kernels.items() if option.compensate != "none"}
         dropped = {part for block in plan.dropped for part in self._parts[block.name]}
         gone = {layer for block in plan.dropped for layer in block.layers}
         runs = {layer: _longest(known, dropped) for layer, known in self.bank.runs.items()} if dropped else {}
@@ -107,10 +107,10 @@ class Stitcher:
         for name in mending | {layer for layer, run in runs.items() if run is not None}:
             if name in gone:
                 continue
-            inputs, run = plan.layers.get(name, Kept()).inputs, runs.get(name)
-            if inputs is None and run is None:
+            kept, run = plan.layers.get(name, Kept()), runs.get(name)
+            if kept.reads_all and run is None:
                 continue
-            solution = self._mender.mend(name, inputs, run)
+            solution = self._mender.mend(name, kept, run)
             if solution is not None:
                 solutions[name] = solution
         return solutions
@@ -135,7 +135,8 @@ def shape_only(
 
     Layers that compute in integers do so by `arithmetic`; `norms` are then needed, too.
     """
-    shaped = cut(model, _first_channels(anatomy.groups, anatomy.blocks, options, anatomy.widths))
+    first = {g.root: torch.arange(options[g.root].keep) for g in anatomy.groups if g.root in options}
+    shaped = cut(model, anatomy.plan(options, first))
     gone = {layer for block in anatomy.blocks if options.get(block.name) == DROP for layer in block.layers}
     for unit in anatomy.units:
         option = options.get(unit.name)
@@ -156,13 +157,3 @@ def _keep_two_of_four(layer: nn.Module) -> None:
     columns = layer.weight.shape[1]
     gone = (torch.arange(columns) % 4 >= 2).view(-1, *(1,) * (layer.weight.ndim - 2))
     layer.weight.data = layer.weight.data.masked_fill(gone, 0.0)
-
-
-def _first_channels(
-    groups: Collection[Group], blocks: Sequence[Block], options: Mapping[str, Option], widths: Mapping[str, int]
-) -> CutPlan:
-    dropped = [block for block in blocks if options.get(block.name) == DROP]
-    kept: dict[str, Tensor] = {
-        group.root: torch.arange(options[group.root].keep) for group in groups if group.root in options
-    }
-    return plan_cut(widths, groups, kept=kept, dropped=dropped)

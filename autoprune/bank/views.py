@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from autoprune.bank.calibrate import LayerStatistics
 from autoprune.methods.base import Activity, Consumer, Need, UnitView
 from autoprune.model.coupling import CONVOLUTIONS, NORMS, Group, Member, Slab, is_depthwise
+from autoprune.model.cut import Kept
 from autoprune.model.flow import norm_scale
+from autoprune.model.kernels import middle
 
 
 def input_matrix(layer: nn.Module) -> Tensor:
@@ -31,7 +33,43 @@ def centred(statistics: LayerStatistics, *, shifts: bool) -> Tensor | None:
     """Second moments of the inputs, about their mean where the layer (or a norm after it) can absorb a shift."""
     if statistics.second is None:
         return None
-    return statistics.second - torch.outer(statistics.mean, statistics.mean) if shifts else statistics.second
+    if not shifts:
+        return statistics.second
+    mean = statistics.mean.view(-1, statistics.second.shape[-1])  # (blocks, columns)
+    return statistics.second - (mean[:, :, None] * mean[:, None, :]).view_as(statistics.second)
+
+
+def moment_blocks(moments: Tensor, columns: int) -> Tensor:
+    """`moments`, as `LayerStatistics` holds them, for each group of a layer whose outputs read `columns` of their own:
+    (groups, columns, columns).
+    """
+    if moments.ndim == 3:
+        return moments
+    spans = [slice(start, start + columns) for start in range(0, len(moments), columns)]
+    return moments[None] if len(spans) == 1 else torch.stack([moments[span, span] for span in spans])
+
+
+def energies(matrix: Tensor, moments: Tensor) -> Tensor:
+    """E (w x)^2 for each row w of `matrix` (outputs, columns of one group), (outputs,); `moments` as above."""
+    blocks = moment_blocks(moments, matrix.shape[1])
+    rows = matrix.view(len(blocks), -1, matrix.shape[1])  # (groups, outputs of one, columns)
+    found: Tensor = ((rows @ blocks) * rows).sum(2).flatten()
+    return found
+
+
+def kept_columns(layer: nn.Module, kept: Kept) -> Tensor:
+    """The columns that stay of the weight, as (outputs, columns), of each group of a dense layer: (groups, each)."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    groups, width, area = 1, weight.shape[1], weight[0, 0].numel()
+    taps = torch.arange(area)
+    if isinstance(layer, CONVOLUTIONS):
+        groups = layer.groups
+        taps = taps if kept.kernel is None else middle(layer.kernel_size, kept.kernel)
+    inputs = torch.arange(width).expand(groups, width)
+    if kept.inputs is not None:
+        inputs = kept.inputs.view(groups, -1) - width * torch.arange(groups)[:, None]
+    return (inputs[:, :, None] * area + taps).flatten(1)
 
 
 def matrix_columns(member: Member, area: int) -> Tensor:

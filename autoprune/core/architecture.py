@@ -7,7 +7,7 @@ from typing import Literal
 
 from autoprune.core.unit import Form
 
-LayerKind = Literal["conv", "depthwise", "linear", "norm", "product", "other"]
+LayerKind = Literal["conv", "depthwise", "linear", "norm", "product", "resize", "other"]
 """`product` is a product of no such layer (attention, bare parameters): it has MACs and no parameters. `other` is one
 parameter or buffer outside layers: it has no MACs."""
 
@@ -21,6 +21,14 @@ class Width:
 
 
 @dataclass(frozen=True, slots=True)
+class Condition:
+    """What must have become of `unit`: its option gives this form, or keeps this many."""
+
+    unit: str
+    state: Form | int
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
     """One layer, product or parameter: what sets its cost.
 
@@ -28,7 +36,8 @@ class Layer:
     positions and `kernel` the kernel's area; a depthwise layer has one input for each output. `weights` and `extra`
     count parameters: `weights` of them go with inputs times outputs (outputs alone when depthwise or norm), `extra`
     with outputs. `buffers` likewise counts bytes of buffers. `block` is the unit whose removal removes the layer. A
-    layer that is there in several forms is listed once for each: it is there when the option of `unit` says `form`.
+    layer that is there in several states (forms, sizes of its kernel) is listed once for each combination of them: it
+    is there when all conditions of `when` hold, at most one for each unit.
     """
 
     name: str
@@ -46,10 +55,10 @@ class Layer:
     buffer_bytes_fixed: int
     """Bytes of buffers whatever the width (a batch counter)."""
     block: str | None = None
-    unit: str | None = None
     form: Form = "float"
     owned: bool = True
     """Whether its weights are parameters of its own: not where layers share them, or where they are computed."""
+    when: tuple[Condition, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +70,5 @@ class Architecture:
     layers: tuple[Layer, ...]
     other_params: int = 0
     other_bytes: int = 0
+    smaller: tuple[tuple[int, tuple[Layer, ...]], ...] = ()
+    """Heights of smaller inputs, each with the layers as they are then: the resizing, and all others in their order."""

@@ -28,7 +28,8 @@ class _Value(BaseModel):
 
 
 class UnitDecision(_Value):
-    """What happens to one unit: `keep` of its `of` channels or weights by `method`, or the block dropped (keep 0 of 1).
+    """What happens to one unit: `keep` of its `of` channels or weights by `method`, or the block dropped (keep 0 of 1),
+    or a kernel of side `of` cut to its middle (method `center`), or input images of height `of` resized.
 
     Zeros in a layer's weights follow `pattern` (`2:4`, `70%`, `4x1 50%`); `bits` says how they are stored. With a
     `rank` the layer is two, that many channels between them; with `inputs: 8` it computes in integers.
@@ -50,8 +51,12 @@ class UnitDecision(_Value):
             raise ValueError(f"keep ({self.keep}) is more than there is (of: {self.of})")
         if self.kind in NARROWED and self.keep < 1:
             raise ValueError("at least one channel must stay (keep: 1)")
+        if self.kind in ("kernel", "resolution") and self.keep < 1:
+            raise ValueError("a side of at least one must stay (keep: 1)")
         if self.kind == "block" and self.of != 1:
             raise ValueError("a block is one thing (of: 1)")
+        if self.kind == "kernel" and not (self.keep % 2 and self.of % 2):
+            raise ValueError("a kernel has a middle: keep and of are odd (kind: kernel)")
         if self.kind != "weights" and (self.pattern or self.bits != 32 or self.rank or self.inputs != 32):
             raise ValueError("a pattern, bits, a rank and inputs belong to weights (kind: weights)")
         if self.inputs == 8 and self.bits != 8:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-Kind = Literal["channels", "heads", "ffn", "block", "weights"]
+Kind = Literal["channels", "heads", "ffn", "block", "weights", "kernel", "resolution"]
 NARROWED: Final = ("channels", "heads", "ffn")
 """Kinds of units of which some channels may go: attention heads and feed-forward features are such channels, too."""
 
@@ -31,8 +31,11 @@ class Unit:
     A `channels` unit is named by the root layer of a group of coupled channels and has `width` of them; so are a
     `heads` unit of attention heads and an `ffn` unit of features that lie between linear layers (a feed-forward part).
     A `block` unit is named by its module and has width 1; a `weights` unit is named by one layer's weight
-    (`fc1.weight`) and has `width` of them, the same number for each of `outputs`. `layers` are all layers it touches;
-    `parent` is the block unit whose removal makes this unit moot: the innermost one, which may have a parent itself.
+    (`fc1.weight`) and has `width` of them, the same number for each of `outputs`. A `kernel` unit is named by one
+    convolution's kernel (`conv.kernel`), whose side is `width` and may become one of `sizes`; so is the one
+    `resolution` unit, whose side is the height of the model's input images, and which touches all layers and names
+    none. `layers` are all layers it touches; `parent` is the block unit whose removal makes this unit moot: the
+    innermost one, which may have a parent itself.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Unit:
     layers: tuple[str, ...]
     parent: str | None = None
     outputs: int = 1
+    sizes: tuple[int, ...] = ()
 
     @property
     def narrows(self) -> bool:
@@ -55,7 +59,9 @@ class Option:
     The method `keep` leaves the unit as it is; the method `drop` removes a block (keep 0). Of a `weights` unit the
     `keep` weights stay that `pattern` leaves (`2:4`, `70%`, ...; empty: all, method `dense`), stored in `bits`. The
     method `low_rank` makes two layers of one, with `rank` channels between them and `keep` weights in both. With
-    `inputs` of 8 bits, what the layer reads and makes is rounded too, and it computes in integers.
+    `inputs` of 8 bits, what the layer reads and makes is rounded too, and it computes in integers. Of a `kernel` unit
+    the method `center` leaves the middle, of side `keep`; of a `resolution` unit the method `resize` has the model
+    shrink its input to that height.
     """
 
     method: str
@@ -95,3 +101,7 @@ def keep_all(unit: Unit) -> Option:
 DROP = Option("drop", 0)
 LOW_RANK = "low_rank"
 """The method that splits a layer in two."""
+CENTER = "center"
+"""The method that cuts a convolution's kernel to its middle."""
+RESIZE = "resize"
+"""The method that has a model resize its input."""

@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from autoprune.model.blocks import Block, is_within, outermost, put
 from autoprune.model.coupling import CONVOLUTIONS, NORMS, Group, is_depthwise
+from autoprune.model.kernels import cropped, resize
+from autoprune.model.resolution import Size, resize_input
 
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 @dataclass(frozen=True, slots=True)
 class Mended:
-    """New weights of a layer whose inputs were cut: (outputs before any cut, kept inputs, ...), and its new bias."""
+    """New weights of a layer whose inputs or kernel were cut, (outputs before any cut, kept inputs, kept kernel), and
+    its new bias.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -28,10 +32,16 @@ class Mended:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """Which positions of a layer's two sides stay, ascending; None where the side is whole."""
+    """Which positions of a layer's two sides stay, ascending, and how large a middle of its kernel; None: all of it."""
 
     inputs: Tensor | None = None
     outputs: Tensor | None = None
+    kernel: int | None = None
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether the layer still reads all that it did."""
+        return self.inputs is None and self.kernel is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +56,15 @@ class CutPlan:
     """Parameter and dimension -> the positions that stay, ascending."""
     numbers: Mapping[tuple[str, str], int] = field(default_factory=dict)
     """Module and attribute -> the integer it holds afterwards."""
+    size: Size | None = None
+    """To what the model is to resize its input; None where it reads it as it is."""
 
 
 def plan_cut(
-    widths: Mapping[str, int], groups: Collection[Group], *, kept: Mapping[str, Tensor], dropped: Collection[Block]
-) -> CutPlan:
-    """What `kept` (group root -> kept channels) means for each layer.
+    widths: Mapping[str, int], groups: Collection[Group], *, kept: Mapping[str, Tensor], dropped: Collection[Block],
+    kernels: Mapping[str, int] | None = None, size: Size | None = None,
+) -> CutPlan:  # fmt: skip
+    """What `kept` (group root -> kept channels) and `kernels` (layer -> side that stays) mean for each layer.
 
     `widths` are the dense sizes of every side, keyed `layer/in` and `layer/out`. What lies in a dropped block goes
     with it, whatever else is said of it.
@@ -83,7 +96,10 @@ def plan_cut(
         indices, before = mask.nonzero().flatten(), layers.get(layer, Kept())
         inputs, outputs = (indices, before.outputs) if end == "in" else (before.inputs, indices)
         layers[layer] = Kept(inputs, outputs)
-    return CutPlan(layers, dropped, dict(kept), _kept_slabs(groups, kept, gone), numbers)
+    for layer, kernel in (kernels or {}).items():
+        if layer not in gone:
+            layers[layer] = replace(layers.get(layer, Kept()), kernel=kernel)
+    return CutPlan(layers, dropped, dict(kept), _kept_slabs(groups, kept, gone), numbers, size)
 
 
 def _kept_slabs(
@@ -117,6 +133,8 @@ def side_widths(model: nn.Module) -> dict[str, int]:
 def cut(model: nn.Module, plan: CutPlan, mended: Mapping[str, Mended] | None = None) -> nn.Module:
     """A smaller copy of `model`. `mended` gives new input-side weights of layers that stay."""
     smaller = copy.deepcopy(model)
+    if plan.size is not None:
+        resize_input(smaller, plan.size)
     for (name, attribute), value in plan.numbers.items():
         set_number(smaller.get_submodule(name), attribute, value)
     for (parameter, dim), indices in plan.slabs.items():
@@ -200,35 +218,27 @@ def _narrow(layer: nn.Module, kept: Kept, mended: Mended | None) -> None:
         return
     if not isinstance(layer, (*CONVOLUTIONS, nn.Linear)):
         raise TypeError(f"{type(layer).__name__} cannot be cut")
-    weight, bias = layer.weight.detach(), layer.bias
-    if isinstance(layer, CONVOLUTIONS) and is_depthwise(layer):
-        if kept.outputs is not None:
-            weight = weight[kept.outputs]
-            layer.groups = layer.in_channels = layer.out_channels = len(kept.outputs)
-    else:
-        weight, new_bias = _cut_inputs(layer, kept.inputs, mended)
-        bias = nn.Parameter(new_bias) if new_bias is not None else None
-        if kept.outputs is not None:
-            weight = weight[kept.outputs]
-        _set_widths(layer, kept)
+    weight, bias = _cut_inputs(layer, kept, mended)
+    if kept.outputs is not None:
+        weight, bias = weight[kept.outputs], bias[kept.outputs] if bias is not None else None
+    _set_widths(layer, kept)
     if bias is not None:
-        chosen = bias.detach() if kept.outputs is None else bias.detach()[kept.outputs]
-        layer.bias = nn.Parameter(chosen.clone(), requires_grad=layer.weight.requires_grad)
+        layer.bias = nn.Parameter(bias.clone(), requires_grad=layer.weight.requires_grad)
     layer.weight = nn.Parameter(weight.clone(), requires_grad=layer.weight.requires_grad)
 
 
-def _cut_inputs(layer: nn.Module, inputs: Tensor | None, mended: Mended | None) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a layer with the inputs that stay, all outputs still there."""
+def _cut_inputs(layer: nn.Module, kept: Kept, mended: Mended | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a layer with the inputs and the kernel that stay, all outputs still there."""
     assert isinstance(layer.weight, Tensor)
     weight = layer.weight.detach()
     bias = layer.bias.detach() if isinstance(layer.bias, Tensor) else None
     if mended is not None:
         return mended.weight, mended.bias if mended.bias is not None else bias
-    if inputs is None:
-        return weight, bias
-    if isinstance(layer, CONVOLUTIONS) and layer.groups > 1:
-        return weight[:, inputs[: len(inputs) // layer.groups]], bias  # each group keeps the same of its inputs
-    return weight[:, inputs], bias
+    inputs = kept.inputs
+    if inputs is not None and isinstance(layer, CONVOLUTIONS):
+        inputs = inputs[: len(inputs) // layer.groups]  # each group keeps the same of its inputs
+    weight = weight if inputs is None else weight[:, inputs]
+    return weight if kept.kernel is None else cropped(weight, kept.kernel), bias
 
 
 def _set_widths(layer: nn.Module, kept: Kept) -> None:
@@ -236,6 +246,10 @@ def _set_widths(layer: nn.Module, kept: Kept) -> None:
         layer.in_features = layer.in_features if kept.inputs is None else len(kept.inputs)
         layer.out_features = layer.out_features if kept.outputs is None else len(kept.outputs)
     elif isinstance(layer, CONVOLUTIONS):
+        if kept.kernel is not None:
+            resize(layer, kept.kernel)
+        if kept.outputs is not None and is_depthwise(layer):
+            layer.groups = layer.in_channels = len(kept.outputs)
         layer.in_channels = layer.in_channels if kept.inputs is None else len(kept.inputs)
         layer.out_channels = layer.out_channels if kept.outputs is None else len(kept.outputs)
 

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from autoprune.core.architecture import Architecture
-from autoprune.core.unit import Kind, Unit
+from autoprune.core.architecture import Architecture, Layer, Width
+from autoprune.core.unit import DROP, Kind, Option, Unit
 from autoprune.errors import ConfigError, ModelError, near_miss
 from autoprune.model.blocks import Block, droppable_blocks, home_of, parent_of
+from autoprune.model.compare import same_outputs
 from autoprune.model.coupling import NORMS, Candidate, Group, Refused, coupled_groups, is_matrix
-from autoprune.model.cut import cut, plan_cut, replace_module, side_widths
+from autoprune.model.cut import CutPlan, cut, plan_cut, replace_module, side_widths
 from autoprune.model.describe import describe
+from autoprune.model.kernel_units import kernel_units
 from autoprune.model.observe import calls
+from autoprune.model.resolution import Size, resized, smaller_inputs
 from autoprune.model.written import with_numbers
-from autoprune.nest import Nested, first_tensor, tensors_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,22 +38,39 @@ class Anatomy:
     refused: tuple[Refused, ...]
     architecture: Architecture
     widths: dict[str, int]
+    inputs: dict[int, Size] = field(default_factory=dict)
+    """Heights of smaller inputs that the model runs on, each with the whole size."""
 
     def group(self, name: str) -> Group:
         """The group of a `channels` unit."""
         return next(group for group in self.groups if group.root == name)
 
+    def plan(self, options: Mapping[str, Option], kept: Mapping[str, Tensor]) -> CutPlan:
+        """What `options` (by unit) mean for each layer, `kept` being the channels that stay of narrowed units."""
+        dropped = [block for block in self.blocks if options.get(block.name) == DROP]
+        kernels = {layer: option.keep for layer, option in self.kernels(options).items()}
+        sides = [options[unit.name].keep for unit in self.units if unit.kind == "resolution" and unit.name in options]
+        size = self.inputs[sides[0]] if sides else None
+        return plan_cut(self.widths, self.groups, kept=kept, dropped=dropped, kernels=kernels, size=size)
 
-def discover(
+    def kernels(self, options: Mapping[str, Option]) -> dict[str, Option]:
+        """Layer to what `options` (by unit) do to its kernel."""
+        layers = {unit.name: unit.layers[0] for unit in self.units if unit.kind == "kernel"}
+        return {layers[name]: option for name, option in options.items() if name in layers}
+
+
+def discover(  # noqa: PLR0913 (a switch for each kind of unit)
     model: nn.Module, example: Tensor, *, protect: Sequence[str] = (), channels: bool = True, blocks: bool = True,
-    weights: bool = False, dense_layers: Sequence[str] = (), hidden: bool = False,
+    weights: bool = False, dense_layers: Sequence[str] = (), hidden: bool = False, kernels: bool = False,
+    resolutions: bool = False,
 ) -> Anatomy:  # fmt: skip
     """All units of `model` but those that `protect`'s globs name by any of their layers.
 
     With `weights`, also one for the weights inside each layer that is one matrix, but for `dense_layers` (globs).
-    With
-    `hidden`, also the width of a stream that layer norms or RMS norms scale (a transformer's hidden size): cut, it is
-    the model whose norms look only at the channels that stay.
+    With `hidden`, also the width of a stream that layer norms or RMS norms scale (a transformer's hidden size): cut, it
+    is the model whose norms look only at the channels that stay. With `kernels`, also the kernels of convolutions that
+    have a smaller middle; with `resolutions`, also the size of the input, where that is images and the model runs on
+    smaller ones with outputs of the same shapes.
     `example` is a small batch of real data. Raises ConfigError for a glob that matches nothing, ModelError when the
     model cannot be traced or nothing in it can be pruned.
     """
@@ -72,11 +91,44 @@ def discover(
         within, shared = _weight_units(model, example, found, dense=(*protect, *dense_layers))
         units += within
         refused = (*refused, *shared)
+    if kernels:
+        sized, whole = kernel_units(model, example, found)
+        units += [unit for unit in sized if not _is_protected(unit.layers, protect)]
+        refused = (*refused, *whole)
+    inputs = smaller_inputs(model, example) if resolutions else {}
+    if inputs:
+        units.append(_resolution_unit(units, example, inputs))
+    elif resolutions:
+        reason = "no images, or the model does not give outputs of the same shapes for smaller ones"
+        refused = (*refused, Refused("input", reason))
     if not units:
         reasons = "; ".join(f"{entry.root}: {entry.reason}" for entry in (*refused, *protected, *wrong))
         raise ModelError(f"nothing in this model can be pruned ({reasons or 'no convolution or linear layer found'})")
     architecture = describe(model, example, groups=groups, blocks=found)
-    return Anatomy(tuple(units), groups, found, (*refused, *protected, *wrong), architecture, side_widths(model))
+    smaller = tuple(
+        (side, (_resizing(example, size), *describe(model, resized(example, size), groups=groups, blocks=found).layers))
+        for side, size in inputs.items()
+    )
+    return Anatomy(
+        tuple(units), groups, found, (*refused, *protected, *wrong), replace(architecture, smaller=smaller),
+        side_widths(model), inputs,
+    )  # fmt: skip
+
+
+def _resolution_unit(units: Sequence[Unit], example: Tensor, inputs: Mapping[int, Size]) -> Unit:
+    """The unit for the size of the input; named otherwise where a layer has that name."""
+    taken = any(unit.name == "input" for unit in units)
+    return Unit("input.resolution" if taken else "input", "resolution", example.shape[2], (), sizes=tuple(inputs))
+
+
+def _resizing(example: Tensor, size: Size) -> Layer:
+    """The step that resizes images like those of `example`, as the cost table sees it: without MACs or parameters."""
+    before, after = ("x".join(str(side) for side in sides) for sides in (example.shape[2:], size))
+    channels = Width(example.shape[1])
+    return Layer(
+        name="", kind="resize", signature=f"resize {before}->{after}", inputs=channels, outputs=channels, kernel=1,
+        groups=1, positions=size[0] * size[1], bias_like=0, buffer_bytes_each=0, buffer_bytes_fixed=0,
+    )  # fmt: skip
 
 
 def _is_protected(layers: Collection[str], globs: Sequence[str]) -> bool:
@@ -152,22 +204,13 @@ def _tested(
 
 def _cut_check(model: nn.Module, example: Tensor) -> Callable[[Sequence[Group]], bool]:
     """A test of groups: every third channel is cut, and the same channels masked where they are read."""
-    widths = side_widths(model)
-    with torch.no_grad():
-        whole = _compared(model(example))
-    tolerances = [1e-4 * float(tensor.abs().max().clamp_min(1e-3)) for tensor in whole]
+    widths, alike = side_widths(model), same_outputs(model, example)
 
     def same(groups: Sequence[Group]) -> bool:
         kept = {g.root: torch.tensor([c for c in range(g.width) if c % 3 != 1]) for g in groups}
         try:
-            with torch.no_grad():
-                smaller = cut(model, plan_cut(widths, groups, kept=kept, dropped=()))
-                large = _masked(model, groups, kept, smaller)
-                pairs = zip(_compared(smaller(example)), _compared(large(example)), strict=True)
-                return all(
-                    torch.allclose(one, other, rtol=1e-3, atol=tolerance, equal_nan=True)
-                    for (one, other), tolerance in zip(pairs, tolerances, strict=True)
-                )
+            smaller = cut(model, plan_cut(widths, groups, kept=kept, dropped=()))
+            return alike(smaller, _masked(model, groups, kept, smaller))
         except Exception:  # noqa: BLE001 (whatever a foreign forward raises once widths differ: it cannot be cut)
             return False
 
@@ -230,9 +273,3 @@ def _mask_inputs(weight: Tensor, positions: Tensor, groups: int) -> None:
     for position in positions.tolist():
         group, column = divmod(position, inputs)
         weight[group * outputs : (group + 1) * outputs, column] = 0
-
-
-def _compared(output: Nested) -> list[Tensor]:
-    """The tensors of a model's output that a cut must leave alone. Raises ModelError where there is none."""
-    first_tensor(output)
-    return [tensor for tensor in tensors_of(output) if tensor.is_floating_point() and tensor.numel()]

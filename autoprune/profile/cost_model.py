@@ -138,7 +138,7 @@ class CostModel:
         weights = self._costs["size"].terms["macs"] / BYTES_PER_PARAMETER * (now.inputs * now.outputs)[0]
         counts = np.stack([weights, now.outputs[0], np.ones_like(weights)]) * now.present  # (3, L)
         for unit, layer, rates in zip(self._stored.unit, self._stored.layer, self._stored.rates, strict=True):
-            changes[unit] = (rates - rates[incumbent[0, unit]]) @ counts[:, layer]
+            changes[unit] = changes[unit] + (rates - rates[incumbent[0, unit]]) @ counts[:, layer]
 
     def cheapest_choice(self, metric: Metric) -> Choice:
         """The choice that costs least. Counted metrics: the narrowest option everywhere, exactly.
@@ -178,7 +178,7 @@ class CostModel:
         if metric == "size":
             touching[self._stored.unit, self._stored.layer] = True
         for unit in self._shaped:
-            touching[unit] |= (self._map.layer_unit == unit) & priced
+            touching[unit] |= self._map.decided(unit) & priced
         return bool((touching.sum(axis=0) <= 1).all())
 
     def _descended(self, metric: Metric, choice: Choice) -> Choice:

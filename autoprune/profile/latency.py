@@ -29,7 +29,7 @@ from autoprune.runtimes.base import Runtime, Session
 MODELS = 32
 """Random whole models that a table is fitted to: 52 predict unseen ones hardly better (1.1 against 1.2 %)."""
 MODELS_WITH_FORMS = 56
-"""Where layers have several forms there is more to tell apart."""
+"""Where layers have several forms, or kernels of several sizes, there is more to tell apart."""
 CHUNK = 6
 """Sessions alive at once, the dense one among them."""
 _ROUNDS = 20
@@ -73,8 +73,8 @@ def measure_table(
     fewer models are used, a quarter of them for the check. Raises TargetError when a model cannot be run.
     """
     widths = WidthMap.of(architecture, space)
-    formed = any(layer.form != "float" for layer in architecture.layers)
-    fitted, checked = _draw(space, MODELS_WITH_FORMS if formed else MODELS, check, seed)
+    decided = any(layer.when for layer in architecture.layers)
+    fitted, checked = _draw(space, MODELS_WITH_FORMS if decided else MODELS, check, seed)
     measured = _measure([*fitted, *checked], space.dense, bench, progress, seed)
     timed = _timed(fitted, measured.shares[: len(fitted)], widths)
     none = TableCheck(models=0, median_error=0, worst_error=0)

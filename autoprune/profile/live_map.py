@@ -7,7 +7,7 @@ as what it was given. (What is read both before and after a dropped block is cou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Self, final
 
@@ -108,6 +108,39 @@ class LiveMap:
         gone: Array = (kept == 0).astype(np.float64) @ self.removes
         there: Flags = gone == 0
         return there
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class SizedMaps:
+    """A live map for each size of the input that a choice may ask for."""
+
+    unit: int
+    """The unit that decides the size."""
+    maps: Mapping[int, LiveMap]
+    """By what it keeps."""
+
+    @classmethod
+    def of(cls, space: Space, build: Callable[[Choice], nn.Module], example: Tensor, *, planned: bool) -> Self:
+        """The maps of a space with a `resolution` unit; see `LiveMap.of`."""
+        unit = next(place for place, one in enumerate(space.units) if one.kind == "resolution")
+        maps = {}
+        for index, option in enumerate(space.entries[unit].options):
+
+            def sized(choice: Choice, index: int = index) -> nn.Module:
+                return build((*choice[:unit], index, *choice[unit + 1 :]))
+
+            maps[option.keep] = LiveMap.of(space, sized, example, planned=planned)
+        return cls(unit, maps)
+
+    def needs(self, kept: Array, *, block: int) -> Array:
+        """Bytes (P,) that the runtime asks for, as of the map of each choice's size."""
+        total = np.zeros(len(kept))
+        for side, live_map in self.maps.items():
+            rows = kept[:, self.unit] == side
+            if rows.any():
+                total[rows] = live_map.needs(kept[rows], block=block)
+        return total
 
 
 def _program(tape: Tape) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:

@@ -21,7 +21,7 @@ from autoprune.core.space import Choice, Space
 from autoprune.profile.cost_model import CostModel
 from autoprune.profile.draw import draw
 from autoprune.profile.latency import Bench
-from autoprune.profile.live_map import LiveMap
+from autoprune.profile.live_map import LiveMap, SizedMaps
 from autoprune.profile.widths import Array, Choices, WidthMap
 from autoprune.progress import Progress
 from autoprune.runtimes.resident import REPEATS, Resident, resident
@@ -39,7 +39,9 @@ _LIVE_HINT, _HINT_WEIGHT = 2.0, 0.1
 class MemoryModel:
     """Peak resident bytes, above the runtime's own, of the choices of one space on one target. Immutable."""
 
-    def __init__(self, live_map: LiveMap, table: MemoryTable, space: Space, architecture: Architecture) -> None:
+    def __init__(
+        self, live_map: LiveMap | SizedMaps, table: MemoryTable, space: Space, architecture: Architecture
+    ) -> None:
         self.table = table
         self.dense_bytes = table.dense_bytes
         self.check = table.check
@@ -58,9 +60,11 @@ class MemoryModel:
         return peak
 
 
-def live_map_of(space: Space, bench: Bench) -> LiveMap:
-    """The live map of the bench's models on its runtime."""
-    return LiveMap.of(space, bench.build, bench.example, planned=bench.runtime.name != _PLANS_NOTHING)
+def live_map_of(space: Space, bench: Bench) -> LiveMap | SizedMaps:
+    """The live map of the bench's models on its runtime; one for each size of the input."""
+    sized = any(unit.kind == "resolution" for unit in space.units)
+    kind: type[LiveMap] | type[SizedMaps] = SizedMaps if sized else LiveMap
+    return kind.of(space, bench.build, bench.example, planned=bench.runtime.name != _PLANS_NOTHING)
 
 
 def measure_memory(
@@ -104,7 +108,7 @@ def _measure(choice: Choice, bench: Bench, progress: Progress, *, repeats: int) 
     return found
 
 
-def _live(live_map: LiveMap, widths: WidthMap, choices: Choices, block: int) -> Array:
+def _live(live_map: LiveMap | SizedMaps, widths: WidthMap, choices: Choices, block: int) -> Array:
     """Bytes (P,) of activations of choices (P, U)."""
     kept = widths.keeps[np.arange(choices.shape[1]), widths.normal(choices)]
     return live_map.needs(kept, block=block)

@@ -77,7 +77,7 @@ def price_lists(architecture: Architecture, widths: WidthMap, table: LatencyTabl
 
 def _each(layer: Layer) -> tuple[float, float]:
     """Factors of a layer for each (input, output) pair and for each output."""
-    if layer.kind == "norm":
+    if layer.kind in ("norm", "resize"):
         return 0.0, 0.0
     return (0.0, float(layer.kernel)) if layer.kind == "depthwise" else (layer.kernel / layer.groups, 0.0)
 
@@ -133,7 +133,7 @@ def stored_otherwise(architecture: Architecture, space: Space, storage: Storage 
         for index, unit in enumerate(space.units)
         if unit.kind == "weights" and storage is not None
         for place, layer in enumerate(architecture.layers)
-        if unit.name == layer.unit or unit.layers == (layer.name,)
+        if unit.layers == (layer.name,) or any(condition.unit == unit.name for condition in layer.when)
     ]
     return Stored(
         np.asarray([unit for unit, _ in pairs], dtype=np.intp),

@@ -30,6 +30,25 @@ class Widths:
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
+class _Conditions:
+    """At most one condition of each of L layers."""
+
+    unit: NDArray[np.intp]
+    """(L,) the unit that decides; -1 where none does."""
+    form: NDArray[np.intp]
+    """(L,) the form that its option must give; -1 where it is what is kept that counts."""
+    keep: Array
+    """(L,) what its option must keep, where no form is asked for."""
+
+    def hold(self, kept: Array, forms: NDArray[np.intp]) -> NDArray[np.bool_]:
+        """(P, L) for what P choices keep of each unit and the forms they give, both (P, U)."""
+        alike = np.where(self.form >= 0, forms[:, self.unit] == self.form, kept[:, self.unit] == self.keep)
+        holding: NDArray[np.bool_] = (self.unit < 0) | alike
+        return holding
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
 class WidthMap:
     """How the options of U units set the widths of L layers."""
 
@@ -45,9 +64,8 @@ class WidthMap:
     output_times: Array
     forms: NDArray[np.intp]
     """(U, O) which form each option gives its unit's layer, the last repeated as in `keeps`."""
-    layer_unit: NDArray[np.intp]
-    """(L,) the unit that decides the layer's form; -1 where none does."""
-    layer_form: NDArray[np.intp]
+    conditions: tuple[_Conditions, ...]
+    """On what each layer's presence depends: the first condition of each, the second of each, ..."""
 
     @classmethod
     def of(cls, architecture: Architecture, space: Space) -> Self:
@@ -63,11 +81,7 @@ class WidthMap:
             output_fixed=output_fixed,
             output_times=output_times,
             forms=_forms(architecture, space),
-            layer_unit=np.asarray(
-                [-1 if layer.unit is None else space.names.index(layer.unit) for layer in architecture.layers],
-                dtype=np.intp,
-            ),
-            layer_form=np.asarray([FORMS.index(layer.form) for layer in architecture.layers], dtype=np.intp),
+            conditions=_conditions(architecture, space),
         )
 
     def moot(self, choices: Choices) -> NDArray[np.bool_]:
@@ -92,16 +106,22 @@ class WidthMap:
         return Widths(
             inputs=self.input_fixed + kept @ self.input_times,
             outputs=self.output_fixed + kept @ self.output_times,
-            present=((removers == 0) & self._formed(forms)).astype(np.float64),
+            present=((removers == 0) & self._as_decided(kept, forms)).astype(np.float64),
         )
 
-    def _formed(self, forms: NDArray[np.intp]) -> NDArray[np.bool_]:
-        """(P, L) whether each layer is there in the form that its unit's option gives, `forms` being (P, U)."""
-        free = self.layer_unit < 0
-        if free.all():
-            return np.ones((1, len(free)), dtype=np.bool_)
-        matching: NDArray[np.bool_] = free | (forms[:, self.layer_unit] == self.layer_form)
-        return matching
+    def _as_decided(self, kept: Array, forms: NDArray[np.intp]) -> NDArray[np.bool_]:
+        """(P, L) whether each layer is there in the state that its units' options give, `kept` and `forms` (P, U)."""
+        there = np.ones((1, self.removes.shape[1]), dtype=np.bool_)
+        for each in self.conditions:
+            there = there & each.hold(kept, forms)
+        return there
+
+    def decided(self, unit: int) -> NDArray[np.bool_]:
+        """(L,) the layers whose presence depends on the state that `unit` gives them."""
+        found = np.zeros(self.removes.shape[1], dtype=np.bool_)
+        for each in self.conditions:
+            found |= each.unit == unit
+        return found
 
     def touched(self, unit: int) -> NDArray[np.intp]:
         """Layers whose widths depend on `unit`."""
@@ -109,7 +129,7 @@ class WidthMap:
 
     def shaped(self) -> tuple[int, ...]:
         """Units that decide in which form a layer is there."""
-        return tuple(sorted(set(self.layer_unit.tolist()) - {-1}))
+        return tuple(sorted({unit for each in self.conditions for unit in each.unit.tolist()} - {-1}))
 
 
 def as_array(choice: Choice) -> Choices:
@@ -128,9 +148,25 @@ def _parents(space: Space) -> tuple[tuple[int, int], ...]:
     return tuple(sorted(pairs, key=lambda pair: depth(pair[0])))
 
 
+def _conditions(architecture: Architecture, space: Space) -> tuple[_Conditions, ...]:
+    index = {name: position for position, name in enumerate(space.names)}
+    layers = architecture.layers
+    most = max((len(layer.when) for layer in layers), default=0)
+    found = []
+    for place in range(most):
+        here = [layer.when[place] if place < len(layer.when) else None for layer in layers]
+        states = [None if each is None else each.state for each in here]
+        found.append(_Conditions(
+            unit=np.asarray([-1 if each is None else index[each.unit] for each in here], dtype=np.intp),
+            form=np.asarray([FORMS.index(state) if isinstance(state, str) else -1 for state in states], dtype=np.intp),
+            keep=np.asarray([state if isinstance(state, int) else 0 for state in states], dtype=np.float64),
+        ))  # fmt: skip
+    return tuple(found)
+
+
 def _forms(architecture: Architecture, space: Space) -> NDArray[np.intp]:
     """(U, O) the form that each option gives its unit's layer; `float` where the architecture does not know it."""
-    known = {(layer.unit, layer.form) for layer in architecture.layers}
+    known = {(condition.unit, condition.state) for layer in architecture.layers for condition in layer.when}
     rows = [
         [FORMS.index(option.form if (entry.unit.name, option.form) in known else "float") for option in entry.options]
         for entry in space.entries

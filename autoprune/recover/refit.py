@@ -1,4 +1,4 @@
-"""Refit: every layer that lost inputs is solved again, one after the other, on what really reaches it.
+"""Refit: every layer that lost inputs or taps is solved again, one after the other, on what really reaches it.
 
 Compensation in the bank assumes that everything before a layer is dense. Here the inputs come from the pruned network
 as it is, and the target is what the dense network has at the same place: for a branch that is added to a shortcut it
@@ -30,6 +30,7 @@ from autoprune.model.coupling import CONVOLUTIONS, NORMS
 from autoprune.model.cut import CutPlan, Kept
 from autoprune.model.flow import norm_scale, norms_after, tails_of
 from autoprune.model.observe import calls, largest_activation, watching
+from autoprune.model.resolution import resized
 
 MOST_ACTIVATION_BYTES = 2**29
 """The largest activation of all images together; a refit needs about five times that. Beyond, fewer images are used."""
@@ -48,13 +49,15 @@ class RefitSettings:
 class Site:
     """One layer to solve: what makes its output (`tail`: the layer or its norm) and where the target is read.
 
-    `target` is the dense model's layer whose output, or whose sum when `added`, is aimed at.
+    `target` is the dense model's layer whose output, or whose sum when `added`, is aimed at; its map is resized to
+    `grid` where a smaller input makes the layer's own smaller.
     """
 
     layer: str
     norm: str | None
     target: str
     added: bool
+    grid: tuple[int, ...] | None = None
 
     @property
     def tail(self) -> str:
@@ -153,17 +156,20 @@ def _within_memory(model: nn.Module, batches: Sequence[Tensor]) -> tuple[Tensor,
 
 
 def _sites(reference: Reference, plan: CutPlan, model: nn.Module, *, edited: Collection[str]) -> list[Site]:
-    """Layers to solve, in execution order: those with cut inputs or edits, and every branch added to a shortcut; none
-    that shares its weights.
+    """Layers to solve, in execution order: those that read less or have edits, and every branch added to a shortcut;
+    none that shares its weights.
     """
     tails = {norm: layer for layer, norm in reference.norms.items()}
     modules = dict(model.named_modules())
-    run = dict.fromkeys(call.name for call in calls(model, reference.batches[0][:2]))  # in execution order
+    run = {call.name: call.output.shape for call in calls(model, reference.batches[0][:2])}  # in execution order
+    grids = _grids(reference, run) if plan.size is not None else dict.fromkeys(run)
     shared = {id(parameter) for parameter, times in _uses(model).items() if times > 1}
     layers = [
         name
         for name in run
-        if is_solvable(modules[name], reference.settings.max_columns) and id(modules[name].weight) not in shared
+        if name in grids
+        and is_solvable(modules[name], reference.settings.max_columns)
+        and id(modules[name].weight) not in shared
     ]
     dropped = [part for block in plan.dropped for part in reference.parts[block.name]]
     added = {tails.get(tail, tail): tail for tail in reference.links}
@@ -172,15 +178,30 @@ def _sites(reference: Reference, plan: CutPlan, model: nn.Module, *, edited: Col
         norm, tail = reference.norms.get(name), added.get(name)
         kept = plan.layers.get(name)
         if tail is not None and plan.layers.get(tail, Kept()).outputs is None:
-            sites.append(Site(name, norm, stand_in(reference.links, tail, dropped), added=True))
-        elif name in edited or (kept is not None and kept.inputs is not None):
-            sites.append(Site(name, norm, norm or name, added=False))
+            sites.append(Site(name, norm, stand_in(reference.links, tail, dropped), added=True, grid=grids[name]))
+        elif name in edited or (kept is not None and not kept.reads_all):
+            sites.append(Site(name, norm, norm or name, added=False, grid=grids[name]))
     return sites
 
 
 def _uses(model: nn.Module) -> Counter[nn.Parameter]:
     """How many names each parameter has: a solution for one would be written to all."""
     return Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
+
+
+def _grids(reference: Reference, run: Mapping[str, torch.Size]) -> dict[str, tuple[int, ...] | None]:
+    """For layers that make maps, the size of the candidate's; None for those that make as many outputs as the dense
+    one. Other layers, such as those that read a smaller map as tokens, have no counterparts to aim at and are left out.
+    """
+    dense = {call.name: call.output.shape for call in calls(reference.model, reference.batches[0][:2])}
+    grids: dict[str, tuple[int, ...] | None] = {}
+    for name, shape in run.items():
+        before = dense.get(name, torch.Size())
+        if len(shape) == 4:
+            grids[name] = tuple(shape[2:])
+        elif shape[:-1] == before[:-1]:
+            grids[name] = None
+    return grids
 
 
 def _chosen(site: str, batch: int, positions: int, each: int) -> Tensor:
@@ -204,6 +225,8 @@ def _dense_targets(reference: Reference, sites: Sequence[Site], plan: CutPlan) -
 
     def take(site: Site, values: Tensor) -> None:
         layer = modules[site.layer]
+        if site.grid is not None and tuple(values.shape[2:]) != site.grid:
+            values = resized(values, (site.grid[0], site.grid[1]))
         chosen = _chosen(site.layer, batch_index, positions_of(layer, values), each)
         picked = sampled_outputs(layer, values, chosen)
         kept = plan.layers.get(site.tail)

@@ -15,6 +15,8 @@ import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.onnx import symbolic_helper
+from torch.onnx.utils import register_custom_op_symbolic
 
 from autoprune.core.target import Target
 from autoprune.core.unit import Form
@@ -110,6 +112,28 @@ def export(model: nn.Module, example: Tensor, *, dynamic_batch: bool = False) ->
                     f"onnxruntime: the model cannot be exported to ONNX: {cause(first)} (torch.export: "
                     f"{cause(second)}). Replace what ONNX does not know, or use the runtime 'torch'"
                 ) from second
+
+
+def _antialiased(graph: Any, images: Any, size: Any, *_corners_and_scales: Any) -> Any:
+    """Bilinear resizing with antialiasing, which the TorchScript exporter does not know and ONNX does.
+
+    Weights that fall outside the image are left out and the others scaled up, as in torch.
+    """
+
+    def constant(values: Any, dtype: torch.dtype) -> Any:
+        return graph.op("Constant", value_t=torch.tensor(values, dtype=dtype))
+
+    shape, zero, two = graph.op("Shape", images), constant([0], torch.int64), constant([2], torch.int64)
+    leading = graph.op("Slice", shape, zero, two)
+    wanted = constant(symbolic_helper._maybe_get_const(size, "is"), torch.int64)
+    nothing = constant([], torch.float32)
+    return graph.op(
+        "Resize", images, nothing, nothing, graph.op("Concat", leading, wanted, axis_i=0), mode_s="linear",
+        coordinate_transformation_mode_s="half_pixel", antialias_i=1, exclude_outside_i=1,
+    )  # fmt: skip
+
+
+register_custom_op_symbolic("aten::_upsample_bilinear2d_aa", _antialiased, OPSET)
 
 
 def _export_traced(model: nn.Module, example: Tensor, dynamic_batch: bool) -> bytes:
