@@ -32,7 +32,7 @@ from autoprune.loading import load_data, load_factory, load_model
 from autoprune.model.describe import macs_of
 from autoprune.model.flow import norms_after
 from autoprune.model.integers import deployed
-from autoprune.packing.archive import inventory, unpack
+from autoprune.packing.archive import inspected
 from autoprune.progress import Progress, Silent
 from autoprune.pursue import Found, fastest, pursue
 from autoprune.report.html import render
@@ -157,8 +157,8 @@ def apply_policy(
 
 def unpack_file(path: Path, output: Path) -> PackedRecord:
     """Write the tensors of a packed model as safetensors, bit for bit. Raises ModelError for a damaged file."""
-    content = path.read_bytes()
-    known, tensors = inventory(content, name=str(path)), unpack(content, name=str(path)).tensors
+    unpacked, known = inspected(path.read_bytes(), name=str(path))
+    tensors = unpacked.tensors
     write_bytes(output, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
     items = [
         PackedItem(name=i.name, kind=i.kind, shape=i.shape, stored_bytes=i.stored_bytes, shannon_bytes=i.shannon_bytes)

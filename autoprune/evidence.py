@@ -96,11 +96,7 @@ def judge(
     """Whether every promise holds, and one sentence that says by how much."""
     over = overruns(value, limits)
     parts: list[str] = []
-    numbers: dict[str, float] = {"macs": value.macs, "params": value.params, "size": value.size_bytes}
-    if value.latency_ms is not None:
-        numbers["latency"] = value.latency_ms.median / 1e3
-    if value.memory_bytes is not None:
-        numbers["memory"] = value.memory_bytes
+    numbers = value.costs
     for name, limit in limits.items():
         if name in over:
             missed = 100 * (over[name] - 1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from autoprune.apply import Applied
 from autoprune.core.target import Target
 from autoprune.core.unit import Unit
 from autoprune.costing import Stages, measured_costs
@@ -19,8 +20,9 @@ from autoprune.evaluators import evaluator
 from autoprune.model.coupling import CONVOLUTIONS, NORMS
 from autoprune.model.discover import Anatomy
 from autoprune.progress import Silent
+from autoprune.ship import write_model
 from autoprune.spaces import load_space
-from autoprune.subject import Task, subject_of
+from autoprune.subject import Subject, Task, subject_of
 from autoprune.workbench import Workbench, prepare
 
 SIDE = 8
@@ -445,6 +447,15 @@ def workbench_of(model: nn.Module, shape: Sequence[int], folder: Path, **sizes: 
     subject, stages, progress = subject_of(task, Silent()), Stages(), Silent()
     space, costs, table = measured_costs(subject, folder, latency=False, stages=stages, progress=progress)
     return prepare(subject, space, costs, table, folder=folder, stages=stages, progress=progress)
+
+
+def residual_files(applied: Applied, subject: Subject, folder: Path) -> dict[str, Path]:
+    """A pruned `Residual` of this file, written into `folder`: kind -> file."""
+    source = Path(__file__).parent
+    return write_model(
+        applied, example=subject.example, factory="networks.py:Residual", source=source, folder=folder,
+        progress=Silent(),
+    )  # fmt: skip
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
