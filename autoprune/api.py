@@ -14,20 +14,21 @@ from torch import Tensor, nn
 
 from autoprune.apply import apply
 from autoprune.config import Config, save_run
-from autoprune.core.budget import Budget, parse_budgets, parse_fraction
+from autoprune.core.budget import Budget, parse_budgets
+from autoprune.core.floor import Floor, floor_of, recorded
 from autoprune.core.outcome import OutcomeRecord, PackedItem, PackedRecord, UnitRecord, VerifyRecord
 from autoprune.core.policy import Measured, Policy
 from autoprune.core.target import Target
 from autoprune.core.unit import SizeOf
 from autoprune.costing import Stages, measured_costs
 from autoprune.data import as_data
-from autoprune.errors import BudgetError, ConfigError, MissedError
+from autoprune.errors import BudgetError, MissedError
 from autoprune.evaluators import evaluator
 from autoprune.evaluators.base import Evaluator
 from autoprune.evaluators.function import Function
 from autoprune.evidence import judge, unit_records, write_down
 from autoprune.files import read_policy, write_bytes, write_policy, write_text
-from autoprune.goal import Floor, Plan, check_goal, resolve_limits
+from autoprune.goal import Plan, check_goal, resolve_limits
 from autoprune.loading import load_data, load_factory, load_model
 from autoprune.model.describe import macs_of
 from autoprune.model.flow import norms_after
@@ -76,6 +77,7 @@ def search(  # noqa: PLR0913 (one flat, keyword-only door, like the configuratio
     budget: str | Sequence[str] | None = None,
     max_drop: str | float | None = None,
     min_accuracy: str | float | None = None,
+    max_loss: str | float | None = None,
     metric: str | Evaluator = "top1",
     target: Target | None = None,
     size: SizeOf = "onnx",
@@ -91,6 +93,8 @@ def search(  # noqa: PLR0913 (one flat, keyword-only door, like the configuratio
     `example` is one batch as the target runs it, (batch, ...); default: one validation sample. `calibration` and
     `validation` are tensors or arrays (inputs, targets), a Dataset or a DataLoader; validation must be data that the
     model was not trained on. Of a family (`"3ms,5ms"`) the last outcome is returned and all are in the run folder.
+    `max_drop` is how much worse the metric may get (`1%`: points for top1 and other shares, else of the dense value;
+    a number: its own unit); `min_accuracy` and `max_loss` bound the metric itself.
     `size` says what a budget on size counts: the ONNX file, the packed file or the tensors as they are.
     `run` is a folder that later searches reuse; default: a fresh temporary one. Raises BudgetError, MissedError, ....
     """
@@ -105,14 +109,10 @@ def search(  # noqa: PLR0913 (one flat, keyword-only door, like the configuratio
         spec.model_copy(update={"protect": (*spec.protect, *protect)}),
         None if example is None else tuple(example.shape[1:]), seed, size,
     )  # fmt: skip
-    if min_accuracy is not None and not task.evaluator.higher_is_better:
-        raise ConfigError(
-            f"min_accuracy is for metrics where more is better; with {task.evaluator.name} give a budget or max_drop"
-        )
-    floor = Floor(
-        None if max_drop is None else parse_fraction(max_drop, key="max_drop"),
-        None if min_accuracy is None else parse_fraction(min_accuracy, key="min_accuracy"),
-    )
+    floor = floor_of(
+        task.evaluator.name, higher_is_better=task.evaluator.higher_is_better, max_drop=max_drop,
+        min_accuracy=min_accuracy, max_loss=max_loss,
+    )  # fmt: skip
     texts = [budget] if isinstance(budget, str) else list(budget or ())
     return _campaign(
         task, parse_budgets(texts), floor, plan=plan or Plan(), folder=folder, progress=progress or Silent()
@@ -124,7 +124,7 @@ def search_config(config: Config, *, folder: Path, progress: Progress) -> list[O
 
     `folder` is what the configuration's paths are relative to. Raises MissedError when a verified number misses.
     """
-    task, floor = _task(config, folder), _floor(config)
+    task, floor = _task(config, folder), config.floor
     run = usable_folder(folder / (config.run or "runs/search"))
     save_run(config, folder, run)
     outcomes = _campaign(task, config.budgets, floor, plan=_plan(config), folder=run, progress=progress)
@@ -207,15 +207,13 @@ def verify_policy(policy_path: Path, config: Config, *, folder: Path, progress: 
         )
     ]  # fmt: skip
     dense, pruned = counted
-    floor = _floor(config)
+    floor = config.floor
     if not floor.text:
-        floor = Floor(applied.policy.floor.get("max_drop"), applied.policy.floor.get("min_accuracy"))
+        sense = task.evaluator.higher_is_better
+        floor = recorded(applied.policy.floor, task.evaluator.name, higher_is_better=sense)
     base = {"latency": first.median, "macs": dense.macs, "params": dense.params, "size": dense.size_bytes}
     base["memory"] = dense.memory_bytes or 0
-    met, verdict = judge(
-        pruned, budget.resolve(base), floor, dense=dense, metric=task.evaluator.name,
-        higher_is_better=task.evaluator.higher_is_better,
-    )  # fmt: skip
+    met, verdict = judge(pruned, budget.resolve(base), floor, dense=dense, metric=task.evaluator.name)
     return VerifyRecord(met=met, verdict=verdict, dense=dense, pruned=pruned, budget=budget.text, floor=floor.text)
 
 
@@ -305,10 +303,6 @@ def _any_policy(task: Task) -> Task:
     """The task with every kind of unit that a policy may name, whatever space it was searched in."""
     kinds = {"channels": True, "blocks": True, "weights": task.spec.weights or (WeightChoice(bits=(8,)),)}
     return replace(task, spec=task.spec.model_copy(update=kinds))
-
-
-def _floor(config: Config) -> Floor:
-    return Floor(config.max_drop, config.min_accuracy)
 
 
 def _plan(config: Config) -> Plan:

@@ -178,7 +178,12 @@ def unpack(
 def verify(policy: PolicyFile, *, mode: Mode, given: Given) -> None:
     """Measure a policy again on this machine; exit code 4 when it misses what it was made for, or the limits given."""
     config, folder, notice = _configured(given, goal=False)
-    goals = ("budget", "max_drop", "min_accuracy")  # those of the file are for searches; a policy has its own
+    goals = (
+        "budget",
+        "max_drop",
+        "min_accuracy",
+        "max_loss",
+    )  # those of the file are for searches; a policy has its own
     config = config.model_copy(update={key: None for key in goals if key not in given.overrides})
     with make_display(mode) as display:
         display.note(notice)

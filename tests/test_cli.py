@@ -88,7 +88,7 @@ def test_search_without_a_file_runs_the_demo_and_says_so(api: Api, tmp_path: Pat
 
 ALL_FLAGS = """
     --model a.py:m --data a.py:d --weights w.pt --metric a.py:f --lower-is-better -b 3ms,5ms -b 2MB --max-drop 1%
-    --size packed --min-accuracy 0.9 --space mine.yaml --protect a* --protect b --runtime torch --device cuda
+    --size packed --max-loss 12.5 --space mine.yaml --protect a* --protect b --runtime torch --device cuda
     --precision float16 --threads 2 --batch 4 --example 1,3,8,8 --trials 9 --seconds 3.5 --seed 7 --sampler tpe
     --finalists 2 --no-refit --bank-memory 1GB --run here
 """
@@ -113,8 +113,9 @@ def test_every_flag_reaches_the_configuration(api: Api) -> None:
         },
         "budget": ("3ms,5ms", "2MB"),
         "size": "packed",
-        "max_drop": 0.01,
-        "min_accuracy": 0.9,
+        "max_drop": "1%",
+        "min_accuracy": None,
+        "max_loss": 12.5,
         "space": {"preset": "mine.yaml", "protect": ("a*", "b")},
         "search": {
             "trials": 9,
@@ -127,6 +128,12 @@ def test_every_flag_reaches_the_configuration(api: Api) -> None:
         },
         "run": "here",
     }
+
+
+def test_an_accuracy_floor_reaches_the_configuration(api: Api) -> None:
+    run("search", "--metric", "psnr", "--min-accuracy", "30dB")
+    assert api.config is not None
+    assert (api.config.min_accuracy, api.config.floor.text) == (30.0, "at least 30 dB")
 
 
 def test_init_then_units(api: Api, tmp_path: Path) -> None:
