@@ -19,7 +19,7 @@ from autoprune.core.floor import Floor, floor_of, recorded
 from autoprune.core.outcome import OutcomeRecord, PackedItem, PackedRecord, UnitRecord, VerifyRecord
 from autoprune.core.policy import Measured, Policy
 from autoprune.core.target import Target
-from autoprune.core.unit import SizeOf
+from autoprune.core.unit import NARROWED, SizeOf
 from autoprune.costing import Stages, measured_costs
 from autoprune.data import as_data
 from autoprune.errors import BudgetError, MissedError
@@ -42,7 +42,7 @@ from autoprune.runtimes import runtime
 from autoprune.runtimes.resident import resident
 from autoprune.searching.samplers import check_sampler
 from autoprune.ship import write_model
-from autoprune.spaces import WeightChoice, load_space
+from autoprune.spaces import Narrowing, WeightChoice, load_space
 from autoprune.sparsity import sparsifier
 from autoprune.storage import FLOATS, FileFormat
 from autoprune.subject import Task, in_memory, subject_of
@@ -301,7 +301,8 @@ def _task(config: Config, folder: Path) -> Task:
 
 def _any_policy(task: Task) -> Task:
     """The task with every kind of unit that a policy may name, whatever space it was searched in."""
-    kinds = {"channels": True, "blocks": True, "weights": task.spec.weights or (WeightChoice(bits=(8,)),)}
+    kinds: dict[str, object] = {**dict.fromkeys(NARROWED, Narrowing()), "blocks": True, "only": ()}
+    kinds["weights"] = task.spec.weights or (WeightChoice(bits=(8,)),)
     return replace(task, spec=task.spec.model_copy(update=kinds))
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.core.architecture import Architecture
-from autoprune.core.unit import Kind, Unit
+from autoprune.core.unit import NARROWED, Kind, Unit
 from autoprune.errors import ConfigError, ModelError, near_miss
 from autoprune.model.blocks import Block, droppable_blocks
 from autoprune.model.coupling import NORMS, Candidate, Group, Refused, coupled_groups, is_matrix
@@ -24,6 +24,9 @@ from autoprune.model.describe import describe
 from autoprune.model.observe import calls
 from autoprune.model.written import with_numbers
 from autoprune.nest import Nested, first_tensor, tensors_of
+
+PROTECTED = "protected"
+NOT_ONLY = "not among those that `only` names"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +45,15 @@ class Anatomy:
         return next(group for group in self.groups if group.root == name)
 
 
-def discover(
-    model: nn.Module, example: Tensor, *, protect: Sequence[str] = (), channels: bool = True, blocks: bool = True,
-    weights: bool = False, dense_layers: Sequence[str] = (), slabs: bool = False,
+def discover(  # noqa: PLR0913 (what may change, one flat list of switches)
+    model: nn.Module, example: Tensor, *, only: Sequence[str] = (), protect: Sequence[str] = (),
+    narrow: Collection[str] = NARROWED, blocks: bool = True, weights: bool = False, dense_layers: Sequence[str] = (),
+    slabs: bool = False,
 ) -> Anatomy:  # fmt: skip
     """All units of `model` but those that `protect`'s globs name by any of their layers.
+
+    With `only`, those alone whose channels are made in modules that its globs name (or that are or lie in such blocks).
+    `narrow` names the kinds of units with channels; the others stay whole.
 
     With `weights`, also one for the weights inside each layer that is one matrix, but for `dense_layers` (globs).
     With `slabs`, also channels that reach parameters outside convolutions, linear layers and batch norms.
@@ -54,19 +61,22 @@ def discover(
     model cannot be traced or nothing in it can be pruned.
     """
     names = [name for name, _ in model.named_modules() if name]
-    for key, glob in (*(("protect", glob) for glob in protect), *(("dense_layers", glob) for glob in dense_layers)):
+    asked = {"only": only, "protect": protect, "dense_layers": dense_layers}
+    for key, glob in ((key, glob) for key, globs in asked.items() for glob in globs):
         if not fnmatch.filter(names, glob):
             raise ConfigError(f"space.{key}: {glob!r} matches no module of the model; {near_miss(glob, names)}")
-    found_groups, refused = coupled_groups(model, example, slabs=slabs) if channels else ((), ())
-    is_free = {entry.group.root: not _is_protected(_layers_of(entry.group), protect) for entry in found_groups}
-    protected = [Refused(root, "protected") for root, free in is_free.items() if not free]
-    groups, wrong = _tested(model, example, [entry for entry in found_groups if is_free[entry.group.root]])
+    found_groups, refused = coupled_groups(model, example, slabs=slabs) if narrow else ((), ())
+    chosen = _Chosen(model, only, protect, narrow)
+    spared = {entry.group.root: reason for entry in found_groups if (reason := chosen.spares(entry.group))}
+    protected = [Refused(root, reason) for root, reason in spared.items()]
+    groups, wrong = _tested(model, example, [entry for entry in found_groups if entry.group.root not in spared])
     found = droppable_blocks(model, example) if blocks else ()
-    found = tuple(block for block in found if not _is_protected((block.name, *block.layers), protect))
+    found = tuple(block for block in found if not _is_named((block.name, *block.layers), protect))
+    found = tuple(block for block in found if not only or _is_named((block.name,), only))
     order = {name: position for position, (name, _) in enumerate(model.named_modules())}
     units = sorted((*_channel_units(model, groups, found), *_block_units(found)), key=lambda unit: order[unit.name])
     if weights:
-        units += _weight_units(model, example, found, dense=(*protect, *dense_layers))
+        units += _weight_units(model, example, found, only=only, dense=(*protect, *dense_layers))
     if not units:
         reasons = "; ".join(f"{entry.root}: {entry.reason}" for entry in (*refused, *protected, *wrong))
         raise ModelError(f"nothing in this model can be pruned ({reasons or 'no convolution or linear layer found'})")
@@ -78,7 +88,27 @@ def _layers_of(group: Group) -> tuple[str, ...]:
     return tuple(dict.fromkeys(member.layer for member in group.members))
 
 
-def _is_protected(layers: Collection[str], globs: Sequence[str]) -> bool:
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """What may be narrowed, as far as the user says."""
+
+    model: nn.Module
+    only: Sequence[str]
+    protect: Sequence[str]
+    narrow: Collection[str]
+
+    def spares(self, group: Group) -> str:
+        """Why a group stays whole; empty where it need not."""
+        if _is_named(_layers_of(group), self.protect):
+            return PROTECTED
+        made = {group.root, *(member.layer for member in group.on("out", "both"))}
+        if self.only and not all(_is_named((layer,), self.only) for layer in made):
+            return NOT_ONLY
+        kind = _kind(self.model, group)
+        return "" if kind in self.narrow else f"the space leaves {kind} as they are"
+
+
+def _is_named(layers: Collection[str], globs: Sequence[str]) -> bool:
     inside = [ancestor for layer in layers for ancestor in _with_ancestors(layer)]
     return any(fnmatch.filter(inside, glob) for glob in globs)
 
@@ -109,14 +139,18 @@ def _block_units(blocks: Sequence[Block]) -> list[Unit]:
     return [Unit(block.name, "block", 1, block.layers) for block in blocks]
 
 
-def _weight_units(model: nn.Module, example: Tensor, blocks: Sequence[Block], *, dense: Sequence[str]) -> list[Unit]:
+def _weight_units(
+    model: nn.Module, example: Tensor, blocks: Sequence[Block], *, only: Sequence[str], dense: Sequence[str]
+) -> list[Unit]:
     """One for each layer that runs once and is one matrix, in execution order."""
     modules = dict(model.named_modules())
     runs = Counter(call.name for call in calls(model, example))
     units = []
     for name, times in runs.items():
         layer = modules[name]
-        if times > 1 or not is_matrix(layer) or _is_protected((name,), dense):
+        if times > 1 or not is_matrix(layer) or _is_named((name,), dense):
+            continue
+        if only and not _is_named((name,), only):
             continue
         parent = next((block.name for block in blocks if name in block.layers), None)
         units.append(Unit(f"{name}.weight", "weights", layer.weight.numel(), (name,), parent, len(layer.weight)))
