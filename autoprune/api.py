@@ -16,11 +16,12 @@ from autoprune.apply import apply
 from autoprune.config import Config, save_run
 from autoprune.core.budget import Budget, parse_budgets
 from autoprune.core.floor import Floor, floor_of, recorded
-from autoprune.core.outcome import OutcomeRecord, PackedItem, PackedRecord, UnitRecord, VerifyRecord
+from autoprune.core.outcome import OutcomeRecord, PackedItem, PackedRecord, UnitsRecord, VerifyRecord
 from autoprune.core.policy import Measured, Policy
 from autoprune.core.target import Target
 from autoprune.core.unit import NARROWED, SizeOf
 from autoprune.costing import Stages, measured_costs
+from autoprune.coverage import coverage
 from autoprune.data import as_data
 from autoprune.errors import BudgetError, MissedError
 from autoprune.evaluators import evaluator
@@ -131,15 +132,14 @@ def search_config(config: Config, *, folder: Path, progress: Progress) -> list[O
     return [outcome.record for outcome in outcomes]
 
 
-def units_of(
-    config: Config, *, folder: Path, latency: bool, progress: Progress
-) -> tuple[tuple[UnitRecord, ...], tuple[str, ...]]:
-    """What can be pruned, with each unit's share of the cost; and notes on what cannot."""
+def units_of(config: Config, *, folder: Path, latency: bool, progress: Progress) -> UnitsRecord:
+    """What can be pruned, with each unit's share of the cost; how much of the model that is, and why not the rest."""
     subject = subject_of(_task(config, folder), progress)
     run = usable_folder(folder / (config.run or "runs/search")) if latency else Path()
     space, costs, _ = measured_costs(subject, run, latency=latency, stages=Stages(), progress=progress)
     notes = tuple(f"kept whole: {entry.root} ({entry.reason})" for entry in subject.anatomy.refused)
-    return unit_records(space, costs, {}), notes
+    reached = coverage(costs, subject.anatomy.refused, narrowed=bool(subject.task.spec.narrowed))
+    return UnitsRecord(units=unit_records(space, costs, {}), coverage=reached, notes=notes)
 
 
 def apply_policy(

@@ -20,6 +20,7 @@ from autoprune.core.outcome import OutcomeRecord, PredictionCheck, TrialRecord, 
 from autoprune.core.policy import Evidence, Measured, ModelIdentity, Policy, TargetRecord, UnitDecision
 from autoprune.core.space import Space
 from autoprune.core.unit import Option, Unit
+from autoprune.coverage import coverage
 from autoprune.profile.cost_model import CostModel
 from autoprune.pursue import Found
 from autoprune.storage import FLOATS, Weights
@@ -80,6 +81,7 @@ def write_down(bench: Workbench, found: Found, floor: Floor, *, title: str) -> W
         beats_baselines=_beats(chosen, baselines, found, task.evaluator.higher_is_better), policy=policy, dense=dense,
         chosen=chosen, finalists=tuple(measured(bench, contender) for contender in found.finalists),
         baselines=baselines, units=unit_records(bench.space, bench.costs, _options(bench, found)),
+        coverage=coverage(bench.costs, bench.subject.anatomy.refused, narrowed=bool(task.spec.narrowed)),
         trials=_trials(found), check=_check(bench), seconds={k: round(v, 2) for k, v in bench.stages.seconds.items()},
         notes=tuple(f"kept whole: {entry.root} ({entry.reason})" for entry in bench.subject.anatomy.refused),
     )  # fmt: skip

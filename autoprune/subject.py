@@ -120,8 +120,9 @@ def subject_of(task: Task, progress: Progress) -> Subject:
         weights=bool(task.spec.weights),
         dense_layers=task.spec.dense_layers,
     )
-    for refused in anatomy.refused:
-        progress.note(f"kept whole: {refused.root} ({refused.reason})")
+    if anatomy.refused:
+        more = f" and {len(anatomy.refused) - 1} more" if len(anatomy.refused) > 1 else ""
+        progress.note(f"kept whole: {anatomy.refused[0].root}{more} (`autoprune units` says why)")
     shape = task.example_shape or tuple(task.data.validation_inputs.shape[1:])
     example = torch.randn(task.target.batch, *shape, generator=torch.Generator().manual_seed(0))
     if shape == tuple(task.data.validation_inputs.shape[1:]):

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from records import outcome, verified
+from records import outcome, units_of, verified
 from typer.testing import CliRunner
 
 from autoprune import cli
@@ -41,9 +41,9 @@ class Api:
         progress.phase("search", 10)
         return [outcome()]
 
-    def units_of(self, config: Config, *, folder: Path, latency: bool, progress: Progress) -> tuple[Any, Any]:
+    def units_of(self, config: Config, *, folder: Path, latency: bool, progress: Progress) -> Any:
         self._take(config, folder=folder, latency=latency)
-        return outcome().units, ("head is protected",)
+        return units_of("stem")
 
     def apply_policy(
         self, policy_path: Path, config: Config, *, folder: Path, output: Path, progress: Progress
@@ -142,7 +142,7 @@ def test_init_then_units(api: Api, tmp_path: Path) -> None:
     run("init", "--force", "--json")
     output = run("units", "--latency")
     assert "autoprune.yaml" in output
-    assert "head is protected" in output
+    assert "stem is protected" in output
     assert api.config is not None
     assert (api.config.model, api.seen) == ("model.py:model", {"folder": tmp_path, "latency": True})
 
@@ -158,7 +158,8 @@ def test_json_ends_with_the_records(api: Api) -> None:
     events = [json.loads(line) for line in output.splitlines()]
     assert [event["event"] for event in events][-2:] == ["note", "result"]
     assert events[-1]["outcomes"][0]["chosen"]["latency_ms"]["median"] == 4.93
-    assert result_of(run("units", "--json"))["units"][0]["keep"] == 10
+    found = result_of(run("units", "--json"))
+    assert (found["units"][0]["keep"], found["coverage"]["kept"][0]["macs_share"]) == (10, 0.04)
     assert result_of(run("show", str(GOLDEN), "--json"))["policy"]["units"]["layer2.3"]["keep"] == 0
 
 

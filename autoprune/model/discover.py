@@ -18,15 +18,12 @@ from autoprune.core.architecture import Architecture
 from autoprune.core.unit import NARROWED, Kind, Unit
 from autoprune.errors import ConfigError, ModelError, near_miss
 from autoprune.model.blocks import Block, droppable_blocks
-from autoprune.model.coupling import NORMS, Candidate, Group, Refused, coupled_groups, is_matrix
+from autoprune.model.coupling import NORMS, Candidate, Group, Refused, coupled_groups, is_matrix, layers_of
 from autoprune.model.cut import cut, plan_cut, side_widths
 from autoprune.model.describe import describe
 from autoprune.model.observe import calls
 from autoprune.model.written import with_numbers
 from autoprune.nest import Nested, first_tensor, tensors_of
-
-PROTECTED = "protected"
-NOT_ONLY = "not among those that `only` names"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +64,8 @@ def discover(  # noqa: PLR0913 (what may change, one flat list of switches)
             raise ConfigError(f"space.{key}: {glob!r} matches no module of the model; {near_miss(glob, names)}")
     found_groups, refused = coupled_groups(model, example, slabs=slabs) if narrow else ((), ())
     chosen = _Chosen(model, only, protect, narrow)
-    spared = {entry.group.root: reason for entry in found_groups if (reason := chosen.spares(entry.group))}
-    protected = [Refused(root, reason) for root, reason in spared.items()]
+    protected = [entry for found in found_groups if (entry := chosen.spares(found.group)) is not None]
+    spared = {entry.root for entry in protected}
     groups, wrong = _tested(model, example, [entry for entry in found_groups if entry.group.root not in spared])
     found = droppable_blocks(model, example) if blocks else ()
     found = tuple(block for block in found if not _is_named((block.name, *block.layers), protect))
@@ -84,10 +81,6 @@ def discover(  # noqa: PLR0913 (what may change, one flat list of switches)
     return Anatomy(tuple(units), groups, found, (*refused, *protected, *wrong), architecture, side_widths(model))
 
 
-def _layers_of(group: Group) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(member.layer for member in group.members))
-
-
 @dataclass(frozen=True, slots=True)
 class _Chosen:
     """What may be narrowed, as far as the user says."""
@@ -97,15 +90,20 @@ class _Chosen:
     protect: Sequence[str]
     narrow: Collection[str]
 
-    def spares(self, group: Group) -> str:
-        """Why a group stays whole; empty where it need not."""
-        if _is_named(_layers_of(group), self.protect):
-            return PROTECTED
+    def spares(self, group: Group) -> Refused | None:
+        """Why a group stays whole, if it does."""
+        layers = layers_of(group)
+        if _is_named(layers, self.protect):
+            return Refused(group.root, "protected", layers, "protect")
         made = {group.root, *(member.layer for member in group.on("out", "both"))}
         if self.only and not all(_is_named((layer,), self.only) for layer in made):
-            return NOT_ONLY
+            return Refused(group.root, "not among those that `only` names", layers, "only")
         kind = _kind(self.model, group)
-        return "" if kind in self.narrow else f"the space leaves {kind} as they are"
+        return None if kind in self.narrow else Refused(group.root, _left(kind), layers, "space")
+
+
+def _left(kind: Kind) -> str:
+    return f"the space leaves {kind} as they are"
 
 
 def _is_named(layers: Collection[str], globs: Sequence[str]) -> bool:
@@ -121,7 +119,7 @@ def _with_ancestors(name: str) -> list[str]:
 def _channel_units(model: nn.Module, groups: Sequence[Group], blocks: Sequence[Block]) -> list[Unit]:
     units = []
     for group in groups:
-        layers = _layers_of(group)
+        layers = layers_of(group)
         parent = next((block.name for block in blocks if set(layers) <= set(block.layers)), None)
         units.append(Unit(group.root, _kind(model, group), group.width, layers, parent))
     return units
@@ -167,10 +165,13 @@ def _tested(
         return groups, ()
     tried = [with_numbers(model, candidate, lambda group: check((group,))) for candidate in candidates]
     sound = tuple(group for group in tried if group is not None)
-    wrong = [Refused(group.root, "cutting it changes more than masking it: an operation on channels is not understood")
+    unlike = "cutting it changes more than masking it: an operation on channels is not understood"
+    wrong = [Refused(group.root, unlike, layers_of(group))
              for group, found in zip(groups, tried, strict=True) if found is None]  # fmt: skip
     while sound and not check(sound):  # each alone is fine, together they are not: give up the last ones
-        wrong.append(Refused(sound[-1].root, "cutting it beside others changes more than masking them"))
+        wrong.append(
+            Refused(sound[-1].root, "cutting it beside others changes more than masking them", layers_of(sound[-1]))
+        )
         sound = sound[:-1]
     return sound, tuple(wrong)
 
