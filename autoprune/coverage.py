@@ -12,7 +12,7 @@ from autoprune.core.space import Space
 from autoprune.model.coupling import Refused, Spared
 from autoprune.profile.cost_model import CostModel
 
-_NOT_FOUND = "no unit was found in it"
+_NOT_FOUND = "no unit of this space has a choice there"
 _NOT_LOOKED = "the space leaves channels, heads and ffn as they are"
 _ADVICE: Mapping[Spared, str] = {
     "model": "weights: --space compress, int8 or weights-nm",
@@ -42,7 +42,7 @@ def coverage(costs: CostModel, refused: Sequence[Refused], *, narrowed: bool) ->
     explained = {name for entry in refused for name in entry.layers} | reached
     rest = {name: share for name, share in macs.items() if share and name not in explained}
     if rest:
-        kept.append(_unexplained(rest, narrowed=narrowed))
+        kept.append(_unexplained(rest, inside, narrowed=narrowed))
     return CoverageRecord(
         macs=_sum(macs, reached), params=_sum(params, reached), weights=_sum(params, inside),
         kept=tuple(sorted(kept, key=lambda record: (-record.macs_share, -record.held_share, record.reason))),
@@ -84,9 +84,11 @@ def _kept(
     return records
 
 
-def _unexplained(macs: Mapping[str, float], *, narrowed: bool) -> KeptRecord:
+def _unexplained(macs: Mapping[str, float], inside: Collection[str], *, narrowed: bool) -> KeptRecord:
     """Layers that are neither reached nor held by a reason."""
     reason, advice = (_NOT_FOUND, _ADVICE["model"]) if narrowed else (_NOT_LOOKED, _ADVICE["space"])
+    if macs.keys() <= set(inside):
+        advice = _INSIDE
     share = sum(macs.values())
     return KeptRecord(reason=reason, roots=tuple(macs), macs_share=share, held_share=share, advice=advice)
 

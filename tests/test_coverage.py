@@ -83,6 +83,7 @@ def test_weights_inside_are_counted_beside() -> None:
     assert record.macs == record.params == 0
     assert 0.9 < record.weights < 1  # all but the norm's scale and shift
     assert record.kept[0].macs_share == pytest.approx(1)
+    assert record.kept[0].advice == "its weights change inside"
 
 
 def test_reasons_of_one_kind_are_one_row_and_the_largest_is_first() -> None:
