@@ -14,26 +14,28 @@ from torch import Tensor, nn
 
 from autoprune.apply import apply
 from autoprune.config import Config, save_run
-from autoprune.core.budget import Budget, parse_budgets, parse_fraction
-from autoprune.core.outcome import OutcomeRecord, PackedItem, PackedRecord, UnitRecord, VerifyRecord
+from autoprune.core.budget import Budget, parse_budgets
+from autoprune.core.floor import Floor, floor_of, recorded
+from autoprune.core.outcome import OutcomeRecord, PackedItem, PackedRecord, UnitsRecord, VerifyRecord
 from autoprune.core.policy import Measured, Policy
 from autoprune.core.target import Target
-from autoprune.core.unit import SizeOf
+from autoprune.core.unit import NARROWED, SizeOf
 from autoprune.costing import Stages, measured_costs
+from autoprune.coverage import coverage
 from autoprune.data import as_data
-from autoprune.errors import BudgetError, ConfigError, MissedError
+from autoprune.errors import BudgetError, MissedError
 from autoprune.evaluators import evaluator
 from autoprune.evaluators.base import Evaluator
 from autoprune.evaluators.function import Function
 from autoprune.evidence import judge, unit_records, write_down
 from autoprune.files import read_policy, write_bytes, write_policy, write_text
-from autoprune.goal import Floor, Plan, check_goal, resolve_limits
+from autoprune.goal import Plan, check_goal, resolve_limits
 from autoprune.loading import load_data, load_factory, load_model
 from autoprune.model.describe import macs_of
 from autoprune.model.flow import norms_after
 from autoprune.model.integers import deployed
 from autoprune.model.kernels import SMALLEST
-from autoprune.packing.archive import inventory, unpack
+from autoprune.packing.archive import inspected
 from autoprune.progress import Progress, Silent
 from autoprune.pursue import Found, fastest, pursue
 from autoprune.report.html import render
@@ -42,7 +44,7 @@ from autoprune.runtimes import runtime
 from autoprune.runtimes.resident import resident
 from autoprune.searching.samplers import check_sampler
 from autoprune.ship import write_model
-from autoprune.spaces import WeightChoice, load_space
+from autoprune.spaces import Narrowing, WeightChoice, load_space
 from autoprune.sparsity import sparsifier
 from autoprune.storage import FLOATS, FileFormat
 from autoprune.subject import Task, in_memory, subject_of
@@ -77,6 +79,7 @@ def search(  # noqa: PLR0913 (one flat, keyword-only door, like the configuratio
     budget: str | Sequence[str] | None = None,
     max_drop: str | float | None = None,
     min_accuracy: str | float | None = None,
+    max_loss: str | float | None = None,
     metric: str | Evaluator = "top1",
     target: Target | None = None,
     size: SizeOf = "onnx",
@@ -92,6 +95,8 @@ def search(  # noqa: PLR0913 (one flat, keyword-only door, like the configuratio
     `example` is one batch as the target runs it, (batch, ...); default: one validation sample. `calibration` and
     `validation` are tensors or arrays (inputs, targets), a Dataset or a DataLoader; validation must be data that the
     model was not trained on. Of a family (`"3ms,5ms"`) the last outcome is returned and all are in the run folder.
+    `max_drop` is how much worse the metric may get (`1%`: points for top1 and other shares, else of the dense value;
+    a number: its own unit); `min_accuracy` and `max_loss` bound the metric itself.
     `size` says what a budget on size counts: the ONNX file, the packed file or the tensors as they are.
     `run` is a folder that later searches reuse; default: a fresh temporary one. Raises BudgetError, MissedError, ....
     """
@@ -106,14 +111,10 @@ def search(  # noqa: PLR0913 (one flat, keyword-only door, like the configuratio
         spec.model_copy(update={"protect": (*spec.protect, *protect)}),
         None if example is None else tuple(example.shape[1:]), seed, size,
     )  # fmt: skip
-    if min_accuracy is not None and not task.evaluator.higher_is_better:
-        raise ConfigError(
-            f"min_accuracy is for metrics where more is better; with {task.evaluator.name} give a budget or max_drop"
-        )
-    floor = Floor(
-        None if max_drop is None else parse_fraction(max_drop, key="max_drop"),
-        None if min_accuracy is None else parse_fraction(min_accuracy, key="min_accuracy"),
-    )
+    floor = floor_of(
+        task.evaluator.name, higher_is_better=task.evaluator.higher_is_better, max_drop=max_drop,
+        min_accuracy=min_accuracy, max_loss=max_loss,
+    )  # fmt: skip
     texts = [budget] if isinstance(budget, str) else list(budget or ())
     return _campaign(
         task, parse_budgets(texts), floor, plan=plan or Plan(), folder=folder, progress=progress or Silent()
@@ -125,22 +126,21 @@ def search_config(config: Config, *, folder: Path, progress: Progress) -> list[O
 
     `folder` is what the configuration's paths are relative to. Raises MissedError when a verified number misses.
     """
-    task, floor = _task(config, folder), _floor(config)
+    task, floor = _task(config, folder), config.floor
     run = usable_folder(folder / (config.run or "runs/search"))
     save_run(config, folder, run)
     outcomes = _campaign(task, config.budgets, floor, plan=_plan(config), folder=run, progress=progress)
     return [outcome.record for outcome in outcomes]
 
 
-def units_of(
-    config: Config, *, folder: Path, latency: bool, progress: Progress
-) -> tuple[tuple[UnitRecord, ...], tuple[str, ...]]:
-    """What can be pruned, with each unit's share of the cost; and notes on what cannot."""
+def units_of(config: Config, *, folder: Path, latency: bool, progress: Progress) -> UnitsRecord:
+    """What can be pruned, with each unit's share of the cost; how much of the model that is, and why not the rest."""
     subject = subject_of(_task(config, folder), progress)
     run = usable_folder(folder / (config.run or "runs/search")) if latency else Path()
     space, costs, _ = measured_costs(subject, run, latency=latency, stages=Stages(), progress=progress)
     notes = tuple(f"kept whole: {entry.root} ({entry.reason})" for entry in subject.anatomy.refused)
-    return unit_records(space, costs, {}), notes
+    reached = coverage(costs, subject.anatomy.refused, narrowed=bool(subject.task.spec.narrowed))
+    return UnitsRecord(units=unit_records(space, costs, {}), coverage=reached, notes=notes)
 
 
 def apply_policy(
@@ -158,8 +158,8 @@ def apply_policy(
 
 def unpack_file(path: Path, output: Path) -> PackedRecord:
     """Write the tensors of a packed model as safetensors, bit for bit. Raises ModelError for a damaged file."""
-    content = path.read_bytes()
-    known, tensors = inventory(content, name=str(path)), unpack(content, name=str(path)).tensors
+    unpacked, known = inspected(path.read_bytes(), name=str(path))
+    tensors = unpacked.tensors
     write_bytes(output, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
     items = [
         PackedItem(name=i.name, kind=i.kind, shape=i.shape, stored_bytes=i.stored_bytes, shannon_bytes=i.shannon_bytes)
@@ -208,15 +208,13 @@ def verify_policy(policy_path: Path, config: Config, *, folder: Path, progress: 
         )
     ]  # fmt: skip
     dense, pruned = counted
-    floor = _floor(config)
+    floor = config.floor
     if not floor.text:
-        floor = Floor(applied.policy.floor.get("max_drop"), applied.policy.floor.get("min_accuracy"))
+        sense = task.evaluator.higher_is_better
+        floor = recorded(applied.policy.floor, task.evaluator.name, higher_is_better=sense)
     base = {"latency": first.median, "macs": dense.macs, "params": dense.params, "size": dense.size_bytes}
     base["memory"] = dense.memory_bytes or 0
-    met, verdict = judge(
-        pruned, budget.resolve(base), floor, dense=dense, metric=task.evaluator.name,
-        higher_is_better=task.evaluator.higher_is_better,
-    )  # fmt: skip
+    met, verdict = judge(pruned, budget.resolve(base), floor, dense=dense, metric=task.evaluator.name)
     return VerifyRecord(met=met, verdict=verdict, dense=dense, pruned=pruned, budget=budget.text, floor=floor.text)
 
 
@@ -306,12 +304,9 @@ def _any_policy(task: Task) -> Task:
     """The task with every kind of unit that a policy may name, whatever space it was searched in."""
     weights, kernels = task.spec.weights or (WeightChoice(bits=(8,)),), task.spec.kernels or (SMALLEST,)
     resolutions = task.spec.resolutions or (0.5,)
-    kinds = {"channels": True, "blocks": True, "weights": weights, "kernels": kernels, "resolutions": resolutions}
+    kinds: dict[str, object] = {**dict.fromkeys(NARROWED, Narrowing()), "blocks": True, "only": ()}
+    kinds |= {"weights": weights, "kernels": kernels, "resolutions": resolutions}
     return replace(task, spec=task.spec.model_copy(update=kinds))
-
-
-def _floor(config: Config) -> Floor:
-    return Floor(config.max_drop, config.min_accuracy)
 
 
 def _plan(config: Config) -> Plan:

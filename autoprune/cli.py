@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from autoprune import __version__
 from autoprune.config import FILE_NAME, Config, demo_config, json_schema, load_config, load_run
-from autoprune.core.outcome import OutcomeRecord, PackedRecord, UnitRecord, VerifyRecord
+from autoprune.core.outcome import OutcomeRecord, PackedRecord, UnitsRecord, VerifyRecord
 from autoprune.core.policy import Policy
 from autoprune.display import Mode, fail, make_display
 from autoprune.errors import AutopruneError, MissedError, RunError
@@ -117,15 +117,19 @@ def units(
     mode: Mode,
     given: Given,
 ) -> None:
-    """List what can be pruned in the model."""
+    """List what can be pruned in the model, how much of it that is, and why the rest cannot."""
     config, folder, notice = _configured(given, goal=False)
     with make_display(mode) as display:
         display.note(notice)
-        found: tuple[tuple[UnitRecord, ...], tuple[str, ...]]
-        found = _api().units_of(config, folder=folder, latency=latency, progress=display)
-    records, notes = found
-    display.show(text.units_table(records, notes=notes))
-    display.result({"units": [_json(record) for record in records], "notes": list(notes)})
+        record: UnitsRecord = _api().units_of(config, folder=folder, latency=latency, progress=display)
+    display.show(text.units_view(record))
+    display.result(
+        {
+            "units": [_json(unit) for unit in record.units],
+            "coverage": _json(record.coverage),
+            "notes": list(record.notes),
+        }
+    )
 
 
 @command
@@ -178,7 +182,12 @@ def unpack(
 def verify(policy: PolicyFile, *, mode: Mode, given: Given) -> None:
     """Measure a policy again on this machine; exit code 4 when it misses what it was made for, or the limits given."""
     config, folder, notice = _configured(given, goal=False)
-    goals = ("budget", "max_drop", "min_accuracy")  # those of the file are for searches; a policy has its own
+    goals = (
+        "budget",
+        "max_drop",
+        "min_accuracy",
+        "max_loss",
+    )  # those of the file are for searches; a policy has its own
     config = config.model_copy(update={key: None for key in goals if key not in given.overrides})
     with make_display(mode) as display:
         display.note(notice)

@@ -13,9 +13,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
-from autoprune.core.budget import Budget, parse_budgets, parse_fraction, parse_limit
+from autoprune.core.budget import Budget, parse_budgets, parse_limit
+from autoprune.core.floor import SHARES, Floor, check_sense, floor_of, parse_drop, parse_worst
 from autoprune.core.target import Device, Precision, Target
 from autoprune.core.unit import SizeOf
 from autoprune.errors import ConfigError, RunError, listed, near_miss
@@ -32,7 +42,8 @@ DEMO_SECONDS = 15.0
 DEMO_FINALISTS = 2
 GOAL_HELP = (
     "nothing to search for: write `budget: 5ms` (or 50%, 2x, 300MMACs, 2MB, ...), or `max_drop: 1%`, "
-    "or `min_accuracy: 0.92` (on the command line: --budget, --max-drop, --min-accuracy)"
+    "or `min_accuracy: 0.92`, or `max_loss: 12.5` (on the command line: --budget, --max-drop, --min-accuracy, "
+    "--max-loss)"
 )
 
 _FACTORY = re.compile(r"(?P<place>.*\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z_]\w*)", re.DOTALL)
@@ -77,13 +88,30 @@ def _bytes(value: object) -> object:
     raise ValueError(f"given {given(value)}, allowed: bytes with a unit, e.g. 4GB or 500MB")
 
 
-def _share(value: object) -> object:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"given {given(value)}, allowed: a share such as 1% or 0.01")
+def _drop(value: object, info: ValidationInfo) -> object:
+    """A number in the metric's own unit, or `5%` of the dense model's value as it was written."""
+    metric = str(info.data.get("metric", SHARES[0]))
     try:
-        return parse_fraction(value, key="")
+        drop = parse_drop(_number(value), metric)
     except ConfigError as error:
-        raise ValueError(str(error).removeprefix(": ")) from error
+        raise ValueError(str(error).removeprefix("max_drop: ")) from error
+    return value if drop.relative else drop.amount
+
+
+def _worst(value: object, info: ValidationInfo) -> object:
+    metric = str(info.data.get("metric", SHARES[0]))
+    try:
+        return parse_worst(_number(value), metric, key=str(info.field_name))
+    except ConfigError as error:
+        raise ValueError(str(error).removeprefix(f"{info.field_name}: ")) from error
+
+
+def _number(value: object) -> str | float:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(
+            f"given {given(value)}, allowed: a share such as 1% or 0.01, or a number in the metric's own unit"
+        )
+    return value
 
 
 def _shape(value: object) -> object:
@@ -105,7 +133,8 @@ def _names(value: object) -> object:
 
 
 Factory = Annotated[str, BeforeValidator(_factory)]
-Share = Annotated[float, BeforeValidator(_share)]
+Drop = Annotated[float | str, BeforeValidator(_drop)]
+Worst = Annotated[float, BeforeValidator(_worst)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 
 
@@ -175,10 +204,15 @@ class Config(_Section):
     size: SizeOf = Field(
         default="onnx", description="What a budget on size counts: the ONNX file, the packed file, or plain tensors."
     )
-    max_drop: Share | None = Field(
-        default=None, description="How far the metric may fall below the dense model's, e.g. 1%."
+    max_drop: Drop | None = Field(
+        default=None,
+        description="How much worse than the dense model's the metric may be: 1% (points for top1 and other shares, of "
+        "the dense value for others), or a number in its own unit.",
     )
-    min_accuracy: Share | None = Field(default=None, description="The least metric allowed, e.g. 0.92.")
+    min_accuracy: Worst | None = Field(
+        default=None, description="The least metric allowed, e.g. 0.92, where more is better."
+    )
+    max_loss: Worst | None = Field(default=None, description="The largest metric allowed, where less is better.")
     space: SpaceConfig = Field(default_factory=SpaceConfig)
     search: SearchConfig = Field(default_factory=SearchConfig)
     run: str | None = Field(default=None, min_length=1, description="Run folder. Default: runs/<this file's name>.")
@@ -194,11 +228,22 @@ class Config(_Section):
     def _metric_sense(self) -> Config:
         if self.metric in METRICS and "higher_is_better" in self.model_fields_set:
             raise ValueError(f"higher_is_better is for a metric that is a function; {self.metric} has its own sense")
-        if self.metric in LOWER_IS_BETTER and self.min_accuracy is not None:
-            raise ValueError(
-                f"min_accuracy is for metrics where more is better; with {self.metric} give a budget or max_drop"
-            )
+        try:
+            check_sense(
+                self.metric, higher_is_better=self.metric_higher_is_better, min_accuracy=self.min_accuracy,
+                max_loss=self.max_loss,
+            )  # fmt: skip
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
         return self
+
+    @property
+    def floor(self) -> Floor:
+        """How bad the metric may become."""
+        return floor_of(
+            self.metric, higher_is_better=self.metric_higher_is_better, max_drop=self.max_drop,
+            min_accuracy=self.min_accuracy, max_loss=self.max_loss,
+        )  # fmt: skip
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
@@ -223,7 +268,7 @@ def load_config(path: Path | None, overrides: Mapping[str, object], *, goal: boo
         content["run"] = f"runs/{path.stem if path is not None else 'search'}"
     name = str(path) if path is not None else "configuration"
     problems: list[tuple[str, str]] = []
-    if goal and all(content.get(key) in (None, [], ()) for key in ("budget", "max_drop", "min_accuracy")):
+    if goal and all(content.get(key) in (None, [], ()) for key in ("budget", "max_drop", "min_accuracy", "max_loss")):
         problems.append(("budget", GOAL_HELP))
     config = None
     try:
@@ -267,10 +312,11 @@ def load_run(run: Path, overrides: Mapping[str, object]) -> tuple[Config, Path]:
 def json_schema() -> dict[str, Any]:
     """The JSON schema of `autoprune.yaml`, for editors."""
     schema = Config.model_json_schema()
-    text_or_number = {"anyOf": [{"type": "string"}, {"type": "number", "minimum": 0, "maximum": 1}]}
-    one_or_more = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+    text_or_number: dict[str, list[Any]] = {"anyOf": [{"type": "string"}, {"type": "number"}]}
+    one_or_more: dict[str, list[Any]] = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
     properties = schema["properties"]
-    for key, shape in (("max_drop", text_or_number), ("min_accuracy", text_or_number), ("budget", one_or_more)):
+    shapes = {**dict.fromkeys(("max_drop", "min_accuracy", "max_loss"), text_or_number), "budget": one_or_more}
+    for key, shape in shapes.items():
         described = {name: properties[key][name] for name in ("description", "title") if name in properties[key]}
         properties[key] = {**described, "anyOf": [*shape["anyOf"], {"type": "null"}], "default": None}
     properties["space"] = {"anyOf": [properties["space"], {"type": "string"}]}

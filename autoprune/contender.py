@@ -47,10 +47,7 @@ def off_by(bench: Workbench, contender: Contender, metric: Metric) -> float:
     """Measured over predicted."""
     if metric == "latency":
         return contender.timing.ratio / (contender.predicted["latency"] / bench.costs.dense["latency"])
-    value = measured(bench, contender)
-    counted: dict[Metric, float] = {"macs": value.macs, "params": value.params, "size": value.size_bytes}
-    counted["memory"] = value.memory_bytes or 0
-    return counted[metric] / contender.predicted[metric]
+    return measured(bench, contender).costs[metric] / contender.predicted[metric]
 
 
 def misses(bench: Workbench, contender: Contender, limits: Mapping[Metric, float]) -> bool:

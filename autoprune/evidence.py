@@ -15,11 +15,12 @@ from safetensors.torch import save
 
 from autoprune.contender import Contender, counted_macs, measured
 from autoprune.core.budget import Metric, shown
+from autoprune.core.floor import Floor
 from autoprune.core.outcome import OutcomeRecord, PredictionCheck, TrialRecord, UnitRecord
 from autoprune.core.policy import Evidence, Measured, ModelIdentity, Policy, TargetRecord, UnitDecision
 from autoprune.core.space import Space
 from autoprune.core.unit import Option, Unit
-from autoprune.goal import Floor
+from autoprune.coverage import coverage
 from autoprune.profile.cost_model import CostModel
 from autoprune.pursue import Found
 from autoprune.storage import FLOATS, Weights
@@ -73,16 +74,14 @@ def write_down(bench: Workbench, found: Found, floor: Floor, *, title: str) -> W
         metric=task.evaluator.name, dense=dense, pruned=chosen, baselines=baselines, verified=True,
         search=_search_facts(bench, found),
     ), side)  # fmt: skip
-    met, verdict = judge(
-        chosen, found.limits, floor, dense=dense, metric=task.evaluator.name,
-        higher_is_better=task.evaluator.higher_is_better,
-    )  # fmt: skip
+    met, verdict = judge(chosen, found.limits, floor, dense=dense, metric=task.evaluator.name)
     record = OutcomeRecord(
         title=title, budget=found.budget.text, floor=floor.text, metric=task.evaluator.name,
         higher_is_better=task.evaluator.higher_is_better, met=met, verdict=verdict,
         beats_baselines=_beats(chosen, baselines, found, task.evaluator.higher_is_better), policy=policy, dense=dense,
         chosen=chosen, finalists=tuple(measured(bench, contender) for contender in found.finalists),
         baselines=baselines, units=unit_records(bench.space, bench.costs, _options(bench, found)),
+        coverage=coverage(bench.costs, bench.subject.anatomy.refused, narrowed=bool(task.spec.narrowed)),
         trials=_trials(found), check=_check(bench), seconds={k: round(v, 2) for k, v in bench.stages.seconds.items()},
         notes=tuple(f"kept whole: {entry.root} ({entry.reason})" for entry in bench.subject.anatomy.refused),
     )  # fmt: skip
@@ -90,17 +89,12 @@ def write_down(bench: Workbench, found: Found, floor: Floor, *, title: str) -> W
 
 
 def judge(
-    value: Measured, limits: Mapping[Metric, float], floor: Floor, *, dense: Measured, metric: str,
-    higher_is_better: bool,
-) -> tuple[bool, str]:  # fmt: skip
+    value: Measured, limits: Mapping[Metric, float], floor: Floor, *, dense: Measured, metric: str
+) -> tuple[bool, str]:
     """Whether every promise holds, and one sentence that says by how much."""
     over = overruns(value, limits)
     parts: list[str] = []
-    numbers: dict[str, float] = {"macs": value.macs, "params": value.params, "size": value.size_bytes}
-    if value.latency_ms is not None:
-        numbers["latency"] = value.latency_ms.median / 1e3
-    if value.memory_bytes is not None:
-        numbers["memory"] = value.memory_bytes
+    numbers = value.costs
     for name, limit in limits.items():
         if name in over:
             missed = 100 * (over[name] - 1)
@@ -110,10 +104,11 @@ def judge(
             parts.append(f"{name} {shown(name, numbers[name])} keeps {shown(name, limit)} ({spare:.1f} % to spare)")
     met = not over
     if value.score is not None and dense.score is not None:
-        short = floor.shortfall(value.score.value, dense.score.value, higher_is_better=higher_is_better)
+        short = floor.shortfall(value.score.value, dense.score.value)
         scored = f"{metric} {value.score.value:.4f} (dense {dense.score.value:.4f})"
         if floor.text:
-            parts.append(f"{scored} {'keeps' if short <= 0 else f'is {short:.4f} below'} the floor ({floor.text})")
+            side = "below" if floor.higher_is_better else "above"
+            parts.append(f"{scored} {'keeps' if short <= 0 else f'is {short:.4f} {side}'} the floor ({floor.text})")
             met = met and short <= 0
         else:
             parts.append(scored)
@@ -190,7 +185,6 @@ def decisions(units: Mapping[str, Unit], options: Mapping[str, Option]) -> dict[
 
 def _policy(bench: Workbench, found: Found, floor: Floor, evidence: Evidence, side: bytes) -> Policy:
     task = bench.subject.task
-    floors = {"max_drop": floor.max_drop, "min_accuracy": floor.min_value}
     return Policy(
         units=decisions({unit.name: unit for unit in bench.space.units}, _options(bench, found)),
         model=model_identity(bench.subject),
@@ -200,7 +194,7 @@ def _policy(bench: Workbench, found: Found, floor: Floor, evidence: Evidence, si
         ),
         budget={limit.metric: limit.text for limit in found.budget.limits},
         size=bench.files.kind,
-        floor={name: value for name, value in floors.items() if value is not None},
+        floor=floor.record,
         evidence=evidence,
         weights="policy.safetensors",
         weights_sha256=hashlib.sha256(side).hexdigest(),

@@ -1,4 +1,4 @@
-"""What a search is to reach and how long it may take: limits, accuracy floor, plan. Nothing is measured here."""
+"""What a search is to reach and how long it may take: limits, plan. Nothing is measured here."""
 
 from __future__ import annotations
 
@@ -7,29 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autoprune.core.budget import Budget, Metric, shown
+from autoprune.core.floor import Floor
 from autoprune.errors import BudgetError, ConfigError
 from autoprune.profile.cost_model import CostModel
-
-
-@dataclass(frozen=True, slots=True)
-class Floor:
-    """The least metric allowed: an absolute value, or a drop from the dense model's. Neither: anything goes."""
-
-    max_drop: float | None = None
-    min_value: float | None = None
-
-    @property
-    def text(self) -> str:
-        """As the user would write it; empty when anything goes."""
-        parts = [f"max drop {100 * self.max_drop:g} points"] if self.max_drop is not None else []
-        return " + ".join(parts + ([f"at least {self.min_value:g}"] if self.min_value is not None else []))
-
-    def shortfall(self, value: float, dense: float, *, higher_is_better: bool) -> float:
-        """By how much `value` is below the floor; zero or less when it holds."""
-        worse = dense - value if higher_is_better else value - dense
-        by_drop = worse - self.max_drop if self.max_drop is not None else -1.0
-        by_value = self.min_value - value if self.min_value is not None else -1.0
-        return max(by_drop, by_value)
 
 
 @dataclass(frozen=True, slots=True)

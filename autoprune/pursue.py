@@ -17,9 +17,10 @@ from autoprune.bank.stitch import deployable, shape_only
 from autoprune.contender import Contender, misses, off_by, predicted
 from autoprune.core.budget import Budget, Limit, Metric
 from autoprune.core.cost import LatencyTable
+from autoprune.core.floor import Floor
 from autoprune.core.space import Choice
 from autoprune.errors import BudgetError
-from autoprune.goal import Floor, Plan, resolve_limits
+from autoprune.goal import Plan, resolve_limits
 from autoprune.model.fingerprint import of_text
 from autoprune.profile.clock import Timing
 from autoprune.profile.cost_model import CostModel
@@ -145,7 +146,7 @@ def _keeps_floor(bench: Workbench, floor: Floor, contender: Contender) -> bool:
     task, part = bench.subject.task, bench.subject.parts.selection
     dense = score(bench.subject.model, task.evaluator, part, batch=bench.subject.batch)
     value = score(contender.candidate.model, task.evaluator, part, batch=bench.subject.batch)
-    return floor.shortfall(value.value, dense.value, higher_is_better=task.evaluator.higher_is_better) <= 0
+    return floor.shortfall(value.value, dense.value) <= 0
 
 
 def _with_margin(bench: Workbench, limits: Mapping[Metric, float], *, finalists: int) -> dict[Metric, float]:

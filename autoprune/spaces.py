@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Final, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -17,38 +17,74 @@ from autoprune.core.unit import (
     CENTER,
     DROP,
     LOW_RANK,
+    NARROWED,
     RESIZE,
     Bits,
     Compensate,
     Form,
     InputBits,
+    Kind,
     Option,
     Unit,
     keep_all,
 )
 from autoprune.errors import ConfigError, listed, near_miss
 from autoprune.files import read_yaml
-from autoprune.problems import problems_of
+from autoprune.problems import given, problems_of
+
+LEVELS: Final = 16
+MIN_KEEP: Final = 0.0625
 
 
-def _share(value: object) -> object:
-    if isinstance(value, str | int | float) and not isinstance(value, bool):
-        share = parse_fraction(value, key="ranks")
-        if share > 0:
-            return share
-    raise ValueError(f"{value!r} is no share of the full rank; write e.g. 25% or 0.25")
+def _share_of(what: str) -> BeforeValidator:
+    def share(value: object) -> object:
+        try:
+            if isinstance(value, str | int | float) and not isinstance(value, bool):
+                found = parse_fraction(value, key=what)
+                if found > 0:
+                    return found
+        except ConfigError:
+            pass
+        raise ValueError(f"{value!r} is no share of the {what}; write e.g. 25% or 0.25")
+
+    return BeforeValidator(share)
 
 
-def _smaller(value: object) -> object:
-    if isinstance(value, str | int | float) and not isinstance(value, bool):
-        share = parse_fraction(value, key="resolutions")
-        if 0 < share < 1:
-            return share
-    raise ValueError(f"{value!r} is no share of the input's side below one; write e.g. 75% or 0.75")
+def _width(value: object) -> object:
+    """A whole number as it is, a share as a fraction of one."""
+    if type(value) is int and value > 0:
+        return value
+    if isinstance(value, str | float):
+        try:
+            found = parse_fraction(value, key="widths")
+        except ConfigError:
+            found = 0.0
+        if 0 < found < 1:
+            return found
+    raise ValueError(f"{given(value)} is no width; write a number of channels such as 24, or a share such as 75%")
 
 
-Rank = Annotated[float, BeforeValidator(_share)]
-Resolution = Annotated[float, BeforeValidator(_smaller)]
+def _switch(value: object) -> object:
+    """`true` is a mapping without keys, `false` is none."""
+    if isinstance(value, bool):
+        return {} if value else None
+    if isinstance(value, dict | Narrowing):
+        return value
+    raise ValueError(f"given {given(value)}, allowed: true, false, or a mapping such as {{levels: 8, min_keep: 25%}}")
+
+
+def _check_widths(widths: Sequence[object], *, levels: bool, min_keep: bool) -> None:
+    if widths and (levels or min_keep):
+        raise ValueError("widths: they are tried in place of even levels; give either widths, or levels and min_keep")
+
+
+Rank = Annotated[float, _share_of("full rank")]
+Share = Annotated[float, _share_of("width")]
+Resolution = Annotated[float, _share_of("input's side"), Field(lt=1)]
+Levels = Annotated[int, Field(ge=2, le=256)]
+Align = Annotated[int, Field(ge=1, le=1024, strict=True)]
+Width = Annotated[int | float, BeforeValidator(_width)]
+"""A number of channels, or (a fraction) a share of a unit's."""
 
 
 class MethodChoice(BaseModel):
@@ -99,6 +135,25 @@ class WeightChoice(BaseModel):
         return self
 
 
+class Narrowing(BaseModel):
+    """Which widths units of one kind may take; what is not said is as for all kinds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    levels: Levels | None = None
+    min_keep: Share | None = None
+    widths: tuple[Width, ...] = ()
+    align: Align | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        _check_widths(self.widths, levels=self.levels is not None, min_keep=self.min_keep is not None)
+        return self
+
+
+Narrowed = Annotated[Narrowing | None, BeforeValidator(_switch)]
+
+
 class SpaceSpec(BaseModel):
     """The content of a search space file."""
 
@@ -106,11 +161,18 @@ class SpaceSpec(BaseModel):
 
     about: str = ""
     methods: tuple[MethodChoice, ...] = ()
-    levels: Annotated[int, Field(ge=2, le=256)] = 16
+    levels: Levels = LEVELS
     """Widths tried for each unit: `levels` even steps of its width, and the edges of the runtime's blocks."""
-    min_keep: Annotated[float, Field(gt=0, le=1)] = 0.0625
+    min_keep: Share = MIN_KEEP
     """Smallest share of a unit's channels that may stay."""
-    channels: bool = True
+    widths: tuple[Width, ...] = ()
+    """The widths tried in place of even steps and edges: numbers of channels, or shares."""
+    align: Align = 1
+    """Only multiples of this and the full width; not for heads."""
+    channels: Narrowed = Narrowing()
+    """Whether units of channels are narrowed, and how where that differs from the above; heads and ffn follow it."""
+    heads: Narrowed = None
+    ffn: Narrowed = None
     blocks: bool = True
     hidden: bool = False
     """Whether the width of a stream that norms scale (a transformer's hidden size) may be cut, too."""
@@ -124,6 +186,8 @@ class SpaceSpec(BaseModel):
     """
     dense_layers: tuple[str, ...] = ()
     """Globs of layers whose weights stay dense floats."""
+    only: tuple[str, ...] = ()
+    """Globs of module names beside which all others stay as they are; empty: any may change."""
     protect: tuple[str, ...] = ()
     """Globs of module names that stay as they are."""
 
@@ -143,13 +207,31 @@ class SpaceSpec(BaseModel):
 
     @model_validator(mode="after")
     def _something(self) -> SpaceSpec:
-        if self.channels and not self.methods:
-            raise ValueError("methods: channels need at least one method (or set channels: false)")
-        if not (self.channels or self.blocks or self.weights or self.kernels or self.resolutions):
+        if self.narrowed and not self.methods:
+            raise ValueError(f"methods: {self.narrowed[0]} need at least one method (or set {self.narrowed[0]}: false)")
+        if not (self.narrowed or self.blocks or self.weights or self.kernels or self.resolutions):
             raise ValueError(
-                "nothing may be pruned: channels and blocks are off, weights, kernels and resolutions are empty"
+                "nothing may be pruned: channels, heads, ffn and blocks are off, weights, kernels and resolutions empty"
             )
+        heads = self.narrowing("heads")
+        if heads is not None and heads.align is not None and "heads" in self.model_fields_set:
+            raise ValueError("heads.align: heads have no alignment; leave it out")
+        _check_widths(
+            self.widths, levels="levels" in self.model_fields_set, min_keep="min_keep" in self.model_fields_set
+        )
         return self
+
+    def narrowing(self, kind: Kind) -> Narrowing | None:
+        """How units of a kind are narrowed, None where they are not; heads and ffn like channels unless named."""
+        own = {"channels": self.channels, "heads": self.heads, "ffn": self.ffn}
+        if kind not in own:
+            return None
+        return own[kind] if kind in self.model_fields_set else self.channels
+
+    @property
+    def narrowed(self) -> tuple[Kind, ...]:
+        """The kinds of units that may be narrowed."""
+        return tuple(kind for kind in NARROWED if self.narrowing(kind) is not None)
 
 
 def load_space(name: str, folder: Path) -> SpaceSpec:
@@ -202,7 +284,7 @@ def resolve(
         elif unit.kind == "resolution":
             options = _resolution_options(unit, spec)
         else:
-            widths = _widths(unit, spec, aligned(unit) if aligned else ()) if spec.channels else []
+            widths = _widths(unit, spec, aligned(unit) if aligned else ())
             options = tuple(
                 Option(choice.method, width, choice.compensate) for width in widths for choice in spec.methods
             )
@@ -250,7 +332,19 @@ def _kept(width: int, pattern: str) -> int:
 
 
 def _widths(unit: Unit, spec: SpaceSpec, aligned: Sequence[int]) -> list[int]:
-    """Widths below the full one, widest first: even steps and the runtime's edges, never below one."""
-    least = max(1, math.ceil(unit.width * spec.min_keep - 1e-9))
-    even = {round(unit.width * step / spec.levels) for step in range(1, spec.levels)}
-    return sorted({width for width in even | set(aligned) if least <= width < unit.width}, reverse=True)
+    """Widths below the full one and never below one, widest first: those asked for, or even steps and edges."""
+    own = spec.narrowing(unit.kind)
+    if own is None:
+        return []
+    align = 1 if unit.kind == "heads" else own.align or spec.align
+    stepped = own.levels is not None or own.min_keep is not None
+    asked = own.widths or (() if stepped else spec.widths)
+    if asked:
+        wanted = {round(unit.width * width) if isinstance(width, float) else width for width in asked}
+        least = 1
+    else:
+        levels = own.levels or spec.levels
+        wanted = {round(unit.width * step / levels) for step in range(1, levels)} | set(aligned)
+        least = max(1, math.ceil(unit.width * (own.min_keep or spec.min_keep) - 1e-9))
+    rounded = {round(width / align) * align for width in wanted}
+    return sorted({width for width in rounded if least <= width < unit.width}, reverse=True)

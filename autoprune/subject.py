@@ -124,7 +124,8 @@ def subject_of(task: Task, progress: Progress) -> Subject:
         model,
         task.data.validation_inputs[:2],
         protect=task.spec.protect,
-        channels=task.spec.channels,
+        narrow=task.spec.narrowed,
+        only=task.spec.only,
         blocks=task.spec.blocks,
         weights=bool(task.spec.weights),
         dense_layers=task.spec.dense_layers,
@@ -132,8 +133,9 @@ def subject_of(task: Task, progress: Progress) -> Subject:
         kernels=bool(task.spec.kernels),
         resolutions=bool(task.spec.resolutions),
     )
-    for refused in anatomy.refused:
-        progress.note(f"kept whole: {refused.root} ({refused.reason})")
+    if anatomy.refused:
+        more = f" and {len(anatomy.refused) - 1} more" if len(anatomy.refused) > 1 else ""
+        progress.note(f"kept whole: {anatomy.refused[0].root}{more} (`autoprune units` says why)")
     shape = task.example_shape or tuple(task.data.validation_inputs.shape[1:])
     example = torch.randn(task.target.batch, *shape, generator=torch.Generator().manual_seed(0))
     if shape == tuple(task.data.validation_inputs.shape[1:]):

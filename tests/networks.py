@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from autoprune.apply import Applied
 from autoprune.core.target import Target
 from autoprune.core.unit import Unit
 from autoprune.costing import Stages, measured_costs
@@ -19,8 +20,9 @@ from autoprune.evaluators import evaluator
 from autoprune.model.coupling import CONVOLUTIONS, NORMS
 from autoprune.model.discover import Anatomy
 from autoprune.progress import Silent
+from autoprune.ship import write_model
 from autoprune.spaces import load_space
-from autoprune.subject import Task, subject_of
+from autoprune.subject import Subject, Task, subject_of
 from autoprune.workbench import Workbench, prepare
 
 SIDE = 8
@@ -213,6 +215,42 @@ class UNet(nn.Module):
         low = functional.interpolate(low, scale_factor=2.0, mode="nearest")
         maps = self.out(self.up(torch.cat((high, low), 1)))
         return maps.mean((2, 3)) if self.pooled else maps
+
+
+class Feed(nn.Module):
+    """A transformer block, before its norm: attention over 4 heads of 4, then 24 features; both residual."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.heads = 4
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.output = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 24), nn.Linear(24, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.output(mixed)
+        return x + self.down(functional.gelu(self.up(self.norm2(x))))
+
+
+class Transformer(nn.Module):
+    """Two blocks over patches of an image (N, 3, 16, 16) -> (N, 5), or over tokens (N, T) -> (N, T, 20)."""
+
+    def __init__(self, *, seen: bool) -> None:
+        super().__init__()
+        self.seen = seen
+        self.stem = nn.Sequential(nn.Conv2d(3, 12, 4, 4), nn.GELU(), nn.Conv2d(12, 16, 1)) if seen else None
+        self.look_up = None if seen else nn.Embedding(20, 16)
+        self.blocks = nn.Sequential(Feed(), Feed())
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 5 if seen else 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.look_up is not None:
+            return self.head(self.norm(self.blocks(self.look_up(x))))
+        assert self.stem is not None
+        x = self.blocks(self.stem(x).flatten(2).transpose(1, 2))
+        return self.head(self.norm(x).mean(1))
 
 
 class Mlp(nn.Sequential):
@@ -445,6 +483,15 @@ def workbench_of(model: nn.Module, shape: Sequence[int], folder: Path, **sizes: 
     subject, stages, progress = subject_of(task, Silent()), Stages(), Silent()
     space, costs, table = measured_costs(subject, folder, latency=False, stages=stages, progress=progress)
     return prepare(subject, space, costs, table, folder=folder, stages=stages, progress=progress)
+
+
+def residual_files(applied: Applied, subject: Subject, folder: Path) -> dict[str, Path]:
+    """A pruned `Residual` of this file, written into `folder`: kind -> file."""
+    source = Path(__file__).parent
+    return write_model(
+        applied, example=subject.example, factory="networks.py:Residual", source=source, folder=folder,
+        progress=Silent(),
+    )  # fmt: skip
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

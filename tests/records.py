@@ -1,6 +1,15 @@
 """Records with plausible numbers, shared by the tests of files, report and command line."""
 
-from autoprune.core.outcome import OutcomeRecord, PredictionCheck, TrialRecord, UnitRecord, VerifyRecord
+from autoprune.core.outcome import (
+    CoverageRecord,
+    KeptRecord,
+    OutcomeRecord,
+    PredictionCheck,
+    TrialRecord,
+    UnitRecord,
+    UnitsRecord,
+    VerifyRecord,
+)
 from autoprune.core.policy import (
     Evidence,
     LatencyRecord,
@@ -89,6 +98,14 @@ def outcome(name: str = "resnet56") -> OutcomeRecord:
         seconds={"search": 21.3},
         notes=("head is protected",),
     )
+
+
+def units_of(name: str) -> UnitsRecord:
+    kept = KeptRecord(
+        reason=f"{name} is protected", roots=(name, "head"), macs_share=0.04, held_share=0.1, advice="take it out"
+    )
+    coverage = CoverageRecord(macs=0.96, params=0.9, weights=0.0, kept=(kept,))
+    return UnitsRecord(units=outcome(name).units, coverage=coverage, notes=())
 
 
 def verified(*, met: bool = True) -> VerifyRecord:

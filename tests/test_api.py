@@ -265,6 +265,24 @@ def test_a_language_model_by_its_perplexity(tmp_path: Path) -> None:
     assert not outcome.record.higher_is_better
 
 
+def test_a_perplexity_may_rise_by_a_part_of_the_dense_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Language().eval()
+    inputs, _ = windows(torch.randint(20, (900,)), length=8, stride=4)
+    with torch.no_grad():
+        targets = model(inputs).argmax(2)
+    more: dict[str, Any] = {"calibration": inputs[:90], "validation": (inputs[90:], targets[90:])}
+    outcome = searched(model, tmp_path, "70%macs", metric="perplexity", max_drop="300%", max_loss=1e6, **more)
+    dense, chosen = outcome.record.dense.score, outcome.record.chosen.score
+    assert dense is not None
+    assert chosen is not None
+    assert chosen.value <= 4 * dense.value
+    assert outcome.policy.floor == {"max_relative_drop": 3.0, "max_loss": 1e6}
+    assert "max rise 300 % of the dense value + at most 1e+06" in outcome.record.verdict
+    with pytest.raises(MissedError, match=r"above the floor \(at most 1\)"):
+        searched(model, tmp_path, "70%macs", metric="perplexity", max_loss=1, **more)
+
+
 class Viewed(Vgg):
     """`view` where `flatten` would do: the commonest line of older networks."""
 

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from records import outcome, verified
+from records import outcome, units_of, verified
 from typer.testing import CliRunner
 
 from autoprune import cli
@@ -41,9 +41,9 @@ class Api:
         progress.phase("search", 10)
         return [outcome()]
 
-    def units_of(self, config: Config, *, folder: Path, latency: bool, progress: Progress) -> tuple[Any, Any]:
+    def units_of(self, config: Config, *, folder: Path, latency: bool, progress: Progress) -> Any:
         self._take(config, folder=folder, latency=latency)
-        return outcome().units, ("head is protected",)
+        return units_of("stem")
 
     def apply_policy(
         self, policy_path: Path, config: Config, *, folder: Path, output: Path, progress: Progress
@@ -88,7 +88,7 @@ def test_search_without_a_file_runs_the_demo_and_says_so(api: Api, tmp_path: Pat
 
 ALL_FLAGS = """
     --model a.py:m --data a.py:d --weights w.pt --metric a.py:f --lower-is-better -b 3ms,5ms -b 2MB --max-drop 1%
-    --size packed --min-accuracy 0.9 --space mine.yaml --protect a* --protect b --runtime torch --device cuda
+    --size packed --max-loss 12.5 --space mine.yaml --protect a* --protect b --runtime torch --device cuda
     --precision float16 --threads 2 --batch 4 --example 1,3,8,8 --trials 9 --seconds 3.5 --seed 7 --sampler tpe
     --finalists 2 --no-refit --bank-memory 1GB --run here
 """
@@ -113,8 +113,9 @@ def test_every_flag_reaches_the_configuration(api: Api) -> None:
         },
         "budget": ("3ms,5ms", "2MB"),
         "size": "packed",
-        "max_drop": 0.01,
-        "min_accuracy": 0.9,
+        "max_drop": "1%",
+        "min_accuracy": None,
+        "max_loss": 12.5,
         "space": {"preset": "mine.yaml", "protect": ("a*", "b")},
         "search": {
             "trials": 9,
@@ -129,13 +130,19 @@ def test_every_flag_reaches_the_configuration(api: Api) -> None:
     }
 
 
+def test_an_accuracy_floor_reaches_the_configuration(api: Api) -> None:
+    run("search", "--metric", "psnr", "--min-accuracy", "30dB")
+    assert api.config is not None
+    assert (api.config.min_accuracy, api.config.floor.text) == (30.0, "at least 30 dB")
+
+
 def test_init_then_units(api: Api, tmp_path: Path) -> None:
     run("init")
     assert "exist already; give --force" in run("init", code=2)
     run("init", "--force", "--json")
     output = run("units", "--latency")
     assert "autoprune.yaml" in output
-    assert "head is protected" in output
+    assert "stem is protected" in output
     assert api.config is not None
     assert (api.config.model, api.seen) == ("model.py:model", {"folder": tmp_path, "latency": True})
 
@@ -151,7 +158,8 @@ def test_json_ends_with_the_records(api: Api) -> None:
     events = [json.loads(line) for line in output.splitlines()]
     assert [event["event"] for event in events][-2:] == ["note", "result"]
     assert events[-1]["outcomes"][0]["chosen"]["latency_ms"]["median"] == 4.93
-    assert result_of(run("units", "--json"))["units"][0]["keep"] == 10
+    found = result_of(run("units", "--json"))
+    assert (found["units"][0]["keep"], found["coverage"]["kept"][0]["macs_share"]) == (10, 0.04)
     assert result_of(run("show", str(GOLDEN), "--json"))["policy"]["units"]["layer2.3"]["keep"] == 0
 
 

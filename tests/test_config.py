@@ -6,7 +6,16 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from autoprune.config import DEMO_MODEL, DEMO_SECONDS, Config, demo_config, json_schema, load_config
+from autoprune.config import (
+    DEMO_MODEL,
+    DEMO_SECONDS,
+    Config,
+    demo_config,
+    json_schema,
+    load_config,
+    load_run,
+    save_run,
+)
 from autoprune.core.target import Target
 from autoprune.errors import ConfigError
 from autoprune.flags import FLAGS
@@ -52,6 +61,22 @@ def test_overrides_by_dotted_key(tmp_path: Path) -> None:
     assert (config.search.trials, config.target.example, config.max_drop) == (7, (1, 3, 32, 32), 0.02)
 
 
+@pytest.mark.parametrize(
+    ("text", "floor"),
+    [
+        ("max_drop: 1%\nmin_accuracy: 92%\n", "max drop 1 points + at least 0.92"),
+        ("metric: perplexity\nmax_drop: 5%\nmax_loss: 12.5\n", "max rise 5 % of the dense value + at most 12.5"),
+        ("metric: psnr\nmax_drop: 0.5dB\nmin_accuracy: 30dB\n", "max drop 0.5 dB + at least 30 dB"),
+        ("metric: a.py:f\nhigher_is_better: false\nmax_loss: -2\n", "at most -2"),
+    ],
+)
+def test_floors_are_read_by_the_metric_and_survive_a_resumed_run(tmp_path: Path, text: str, floor: str) -> None:
+    config = load_config(written(tmp_path, GOOD + text), {})
+    assert config.floor.text == floor
+    save_run(config, tmp_path, tmp_path / "run")
+    assert load_run(tmp_path / "run", {})[0].floor == config.floor
+
+
 def test_paths_of_the_command_line_are_relative_to_the_working_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,6 +110,12 @@ def test_demo() -> None:
         ("metric: mse\nmin_accuracy: 0.9\n", "min_accuracy", "more is better"),
         ("metric: mae\nmin_accuracy: 0.9\n", "min_accuracy", "with mae give a budget or max_drop"),
         ("metric: perplexity\nmin_accuracy: 0.9\n", "min_accuracy", "with perplexity give"),
+        ("metric: a.py:f\nhigher_is_better: false\nmin_accuracy: 0.9\n", "min_accuracy", "max_loss, the largest value"),
+        ("metric: psnr\nmax_loss: 9\n", "max_loss", "min_accuracy, the least value"),
+        ("max_loss: 0.9\n", "max_loss", "with top1 give a budget or max_drop, or min_accuracy"),
+        ("metric: psnr\nmax_drop: 3dBm\n", "max_drop", "0.5dB (in its own unit)"),
+        ("metric: mse\nmax_drop: -0.1\n", "max_drop", "5% (of the dense model's value)"),
+        ("metric: mse\nmax_loss: 5%\n", "max_loss", "a number such as 12.5"),
         ("metric: mio\n", "metric", "did you mean 'miou'"),
         ("higher_is_better: false\n", "higher_is_better", "own sense"),
         ("bugdet: 5ms\n", "bugdet", "did you mean 'budget'"),

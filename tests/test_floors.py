@@ -45,6 +45,7 @@ LEVELS: dict[str, int] = {
     "run_folder": 4,
     "storage": 7,
     "costing": 7,
+    "coverage": 7,
     "workbench": 7,
     "contender": 7,
     "rivals": 7,

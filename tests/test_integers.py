@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import IMAGE, Residual, data_of, randomised
+from networks import IMAGE, Residual, data_of, randomised, residual_files
 from test_low_rank import module_at
 from test_weights import bench_of, logits
 from torch import Tensor, nn
@@ -195,10 +195,7 @@ def test_search_yaml_apply_and_back(tmp_path: Path) -> None:
     applied = api.apply(outcome.folder / "policy.yaml", subject)
     inputs = torch.randn(16, *IMAGE)
     torch.testing.assert_close(logits(applied.model, inputs), logits(outcome.model, inputs), rtol=0, atol=1e-4)
-    written = api.write_model(
-        applied, example=subject.example, factory="networks.py:Residual", source=Path(__file__).parent,
-        folder=tmp_path / "out", progress=Silent(),
-    )  # fmt: skip
+    written = residual_files(applied, subject, tmp_path / "out")
     assert set(written) == {"state dict", "packed", "rebuild script", "onnx", "torch.export"}
     rebuilt = module_at(written["rebuild script"]).model()
     torch.testing.assert_close(logits(rebuilt, inputs), logits(outcome.model, inputs), rtol=0, atol=1e-4)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import IMAGE, Residual, data_of, randomised
+from networks import IMAGE, Residual, data_of, randomised, residual_files
 from test_weights import bench_of, logits
 from torch import Tensor, nn
 
@@ -206,10 +206,7 @@ def test_search_yaml_apply_rebuild_and_back(tmp_path: Path) -> None:
     applied = api.apply(outcome.folder / "policy.yaml", subject)
     inputs = torch.randn(8, *IMAGE)
     torch.testing.assert_close(logits(applied.model, inputs), logits(outcome.model, inputs), rtol=0, atol=1e-5)
-    written = api.write_model(
-        applied, example=subject.example, factory="networks.py:Residual", source=Path(__file__).parent,
-        folder=tmp_path / "out", progress=Silent(),
-    )  # fmt: skip
+    written = residual_files(applied, subject, tmp_path / "out")
     rebuilt = module_at(written["rebuild script"]).model()
     torch.testing.assert_close(logits(rebuilt, inputs), logits(outcome.model, inputs), rtol=0, atol=1e-5)
 

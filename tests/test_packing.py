@@ -17,7 +17,7 @@ from torch import Tensor
 
 from autoprune.errors import ModelError
 from autoprune.packing import coding
-from autoprune.packing.archive import HEADER_LIMIT, MAGIC, inventory, pack, packed, unpack
+from autoprune.packing.archive import HEADER_LIMIT, MAGIC, inspected, pack, packed, unpack
 from autoprune.packing.coding import DTYPES, Codes, Kind, decode, deflate, encode, inflate, shannon_bytes
 
 SPECIAL = {
@@ -158,7 +158,7 @@ def test_every_flipped_byte_is_refused(flip: int) -> None:
         damaged = bytearray(CONTENT)
         damaged[position] ^= flip
         reason = "not a packed model" if position < 9 else "format version" if position == 9 else "damaged or cut short"
-        for read in (unpack, inventory):
+        for read in (unpack, inspected):
             with pytest.raises(ModelError, match=rf"^net\.apk: .*{reason}"):
                 read(bytes(damaged), name="net.apk")
 
@@ -236,7 +236,7 @@ def test_a_header_is_not_believed(case: str) -> None:
     content, reason = INCONSISTENT[case]
     tracemalloc.start()
     try:
-        for read in (unpack, inventory) if case not in ("codes", "weight") else (unpack,):
+        for read in (unpack, inspected):
             with pytest.raises(ModelError, match=rf"^net\.apk: is not a valid packed model: (?s:.)*{reason}"):
                 read(content, name="net.apk")
         assert tracemalloc.get_traced_memory()[1] < 4 * HEADER_LIMIT
@@ -283,7 +283,7 @@ def test_the_inventory_accounts_for_every_byte() -> None:
     plain, codes = model()
     whole = packed(plain, codes, about={"policy": "text"})
     found = whole.inventory
-    assert inventory(whole.content) == found
+    assert inspected(whole.content)[1] == found
     assert found.size_bytes == len(whole.content)
     assert found.shannon_bytes == pytest.approx(sum(item.shannon_bytes for item in found.items))
     assert [item.name for item in found.items] == [*sorted(plain), *sorted(codes)]

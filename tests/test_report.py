@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
-from records import measured, outcome, policy, verified
+from records import measured, outcome, policy, units_of, verified
 
 from autoprune.core.outcome import OutcomeRecord
 from autoprune.core.policy import Measured
@@ -68,7 +68,7 @@ def test_report_parses_and_holds_the_numbers() -> None:
 def test_names_are_escaped_everywhere() -> None:
     record = outcome(NASTY).model_copy(update={"verdict": NASTY, "notes": (NASTY,), "baselines": {NASTY: measured()}})
     assert NASTY in checked(record)
-    for view in (text.outcome_view(record), text.units_table(record.units, notes=record.notes)):
+    for view in (text.outcome_view(record), text.units_view(units_of(NASTY))):
         assert NASTY in text.plain(view)
 
 

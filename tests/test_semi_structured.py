@@ -59,7 +59,7 @@ def test_zeros_have_a_price_of_their_own_only_where_kernels_use_them(tmp_path: P
     case = CASES["vgg"]
     model, example = case.model(), case.example()
     (tmp_path / "space.yaml").write_text(SPACE)
-    anatomy = discover(model, example, channels=False, blocks=False, weights=True)
+    anatomy = discover(model, example, narrow=(), blocks=False, weights=True)
     space = resolve(anatomy.units, load_space("space.yaml", tmp_path))
     gpu = TorchRuntime().forms(Target("torch", "cuda", precision="float16"))
     told = with_forms(anatomy.architecture, space, gpu).layers

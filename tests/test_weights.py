@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import IMAGE, Residual, data_of, randomised, workbench_of
+from networks import IMAGE, Residual, data_of, randomised, residual_files, workbench_of
 from torch import Tensor, nn
 
 from autoprune import api
@@ -239,10 +239,7 @@ def test_search_yaml_apply_pack_and_back(tmp_path: Path) -> None:
     subject = subject_of(task, Silent())
     applied = api.apply(outcome.folder / "policy.yaml", subject)
     torch.testing.assert_close(logits(applied.model, inputs), logits(outcome.model, inputs), rtol=0, atol=1e-4)
-    written = api.write_model(
-        applied, example=subject.example, factory="networks.py:Residual", source=Path(__file__).parent,
-        folder=tmp_path / "out", progress=Silent(),
-    )  # fmt: skip
+    written = residual_files(applied, subject, tmp_path / "out")
     session = onnxruntime.InferenceSession(written["onnx"], providers=["CPUExecutionProvider"])
     got = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: inputs.numpy()})[0])
     torch.testing.assert_close(got, logits(outcome.model, inputs), rtol=0, atol=1e-4)

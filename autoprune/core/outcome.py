@@ -35,6 +35,41 @@ class UnitRecord(_Value):
     """Share of the dense model's latency in the layers it touches, from the cost table."""
 
 
+class KeptRecord(_Value):
+    """Channels that stay whole for one reason."""
+
+    reason: str
+    roots: tuple[str, ...]
+    """The layers that the groups of channels are named by."""
+    macs_share: float
+    """Share of the MACs that nothing reaches because of it; a layer that two reasons hold counts half for each."""
+    held_share: float
+    """Share of the MACs in all layers that have these channels on a side, those that other units reach among them."""
+    advice: str
+    """What to do about it in a word; empty where it costs nothing."""
+
+
+class CoverageRecord(_Value):
+    """How much of a model units reach: shares of the dense model, 0 to 1."""
+
+    macs: float
+    """In layers that some unit narrows on a side, or that lie in a block that may be dropped."""
+    params: float
+    """The same of the parameters."""
+    weights: float
+    """Of the parameters, in layers whose weights may change inside."""
+    kept: tuple[KeptRecord, ...]
+    """Why the rest stays whole, what costs most first."""
+
+
+class UnitsRecord(_Value):
+    """What can be pruned in a model, and how much of it that is."""
+
+    units: tuple[UnitRecord, ...]
+    coverage: CoverageRecord
+    notes: tuple[str, ...]
+
+
 class PredictionCheck(_Value):
     """Predicted against measured latency (shares of the dense) of whole models not used to build the table."""
 
@@ -62,6 +97,7 @@ class OutcomeRecord(_Value):
     """All verified candidates, the chosen one among them."""
     baselines: dict[str, Measured]
     units: tuple[UnitRecord, ...]
+    coverage: CoverageRecord | None = None
     trials: tuple[TrialRecord, ...]
     check: PredictionCheck | None
     seconds: dict[str, float]

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from autoprune.core.budget import Metric
 from autoprune.core.pattern import parse_pattern
 from autoprune.core.target import Precision
 from autoprune.core.unit import LOW_RANK, NARROWED, Bits, Compensate, InputBits, Kind, Option, SizeOf
@@ -126,6 +127,16 @@ class Measured(_Value):
     memory_bytes: int | None = None
     """Peak resident memory above that of a process without the model."""
     recovery: str | None = None
+
+    @property
+    def costs(self) -> dict[Metric, float]:
+        """What was measured or counted, in each budgeted metric's own unit: latency in seconds."""
+        found: dict[Metric, float] = {"macs": self.macs, "params": self.params, "size": self.size_bytes}
+        if self.latency_ms is not None:
+            found["latency"] = self.latency_ms.median / 1e3
+        if self.memory_bytes is not None:
+            found["memory"] = self.memory_bytes
+        return found
 
 
 class Evidence(_Value):

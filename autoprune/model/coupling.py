@@ -7,7 +7,7 @@ stay. What it says is tested by the caller (`discover`).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeGuard
 
 import torch
@@ -88,12 +88,19 @@ class Group:
         return tuple(member for member in self.members if member.axis in axes)
 
 
+Spared = Literal["model", "protect", "only", "space"]
+"""Who says that a group must stay: the model's own operations, or a part of the search space."""
+
+
 @dataclass(frozen=True, slots=True)
 class Refused:
     """A group that must stay as it is, and why."""
 
     root: str
     reason: str
+    layers: tuple[str, ...] = ()
+    """All layers that have these channels on a side."""
+    by: Spared = "model"
 
 
 def is_depthwise(layer: nn.Module) -> bool:
@@ -165,7 +172,8 @@ def coupled_groups(
         reason = _refusal(axis, touched, traced, norms=_norms(model, axis, touched, traced) if hidden else ())
         entry = Refused(makers[0].layer, reason) if reason else _group(axis, makers[0], touched, traced)
         if isinstance(entry, Refused):
-            refused.append((entry, makers[0], axis))
+            held = tuple(dict.fromkeys(side.layer for side in touched if side.layer))
+            refused.append((replace(entry, layers=held), makers[0], axis))
         else:
             candidates.append(Candidate(entry, traced.shapers(axis)))
     chosen, overlapping = _apart(candidates)
@@ -317,7 +325,7 @@ def _apart(candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Refus
         other = next((taken[key] for key in held if key in taken), None)
         if other is not None or any(group.root == before.group.root for before in chosen):
             reason = f"its channels cross or lie beside those of {other or group.root}"
-            refused.setdefault(group.root, Refused(group.root, reason))
+            refused.setdefault(group.root, Refused(group.root, reason, group.layers))
             continue
         chosen.append(candidate)
         taken |= dict.fromkeys(held, group.root)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.core.architecture import Architecture, Layer, Width
-from autoprune.core.unit import DROP, Kind, Option, Unit
+from autoprune.core.unit import DROP, NARROWED, Kind, Option, Unit
 from autoprune.errors import ConfigError, ModelError, near_miss
 from autoprune.model.blocks import Block, droppable_blocks, home_of, parent_of
 from autoprune.model.compare import same_outputs
@@ -59,12 +59,15 @@ class Anatomy:
         return {layers[name]: option for name, option in options.items() if name in layers}
 
 
-def discover(  # noqa: PLR0913 (a switch for each kind of unit)
-    model: nn.Module, example: Tensor, *, protect: Sequence[str] = (), channels: bool = True, blocks: bool = True,
-    weights: bool = False, dense_layers: Sequence[str] = (), hidden: bool = False, kernels: bool = False,
-    resolutions: bool = False,
+def discover(  # noqa: PLR0913 (what may change, one flat list of switches)
+    model: nn.Module, example: Tensor, *, only: Sequence[str] = (), protect: Sequence[str] = (),
+    narrow: Collection[str] = NARROWED, blocks: bool = True, weights: bool = False, dense_layers: Sequence[str] = (),
+    hidden: bool = False, kernels: bool = False, resolutions: bool = False,
 ) -> Anatomy:  # fmt: skip
     """All units of `model` but those that `protect`'s globs name by any of their layers.
+
+    With `only`, those alone whose channels are made in modules that its globs name (or that are or lie in such blocks).
+    `narrow` names the kinds of units with channels; the others stay whole.
 
     With `weights`, also one for the weights inside each layer that is one matrix, but for `dense_layers` (globs).
     With `hidden`, also the width of a stream that layer norms or RMS norms scale (a transformer's hidden size): cut, it
@@ -75,25 +78,29 @@ def discover(  # noqa: PLR0913 (a switch for each kind of unit)
     model cannot be traced or nothing in it can be pruned.
     """
     names = [name for name, _ in model.named_modules() if name]
-    for key, glob in (*(("protect", glob) for glob in protect), *(("dense_layers", glob) for glob in dense_layers)):
+    asked = {"only": only, "protect": protect, "dense_layers": dense_layers}
+    for key, glob in ((key, glob) for key, globs in asked.items() for glob in globs):
         if not fnmatch.filter(names, glob):
             raise ConfigError(f"space.{key}: {glob!r} matches no module of the model; {near_miss(glob, names)}")
-    found_groups, refused = coupled_groups(model, example, hidden=hidden) if channels else ((), ())
-    is_free = {entry.group.root: not _is_protected(entry.group.layers, protect) for entry in found_groups}
-    protected = [Refused(root, "protected") for root, free in is_free.items() if not free]
-    groups, wrong = _tested(model, example, [entry for entry in found_groups if is_free[entry.group.root]])
+    found_groups, refused = coupled_groups(model, example, hidden=hidden) if narrow else ((), ())
+    chosen = _Chosen(model, only, protect, narrow)
+    protected = [entry for found in found_groups if (entry := chosen.spares(found.group)) is not None]
+    spared = {entry.root for entry in protected}
+    groups, wrong = _tested(model, example, [entry for entry in found_groups if entry.group.root not in spared])
     found = droppable_blocks(model, example) if blocks else ()
     roots = {group.root for group in groups}  # a layer that ends a branch may name a group of channels, too
-    found = tuple(b for b in found if b.name not in roots and not _is_protected((b.name, *b.layers), protect))
+    found = tuple(b for b in found if b.name not in roots and not _is_named((b.name, *b.layers), protect))
+    found = tuple(block for block in found if not only or _is_named((block.name,), only))
     order = {name: position for position, (name, _) in enumerate(model.named_modules())}
     units = sorted((*_channel_units(model, groups, found), *_block_units(found)), key=lambda unit: order[unit.name])
     if weights:
-        within, shared = _weight_units(model, example, found, dense=(*protect, *dense_layers))
+        within, shared = _weight_units(model, example, found, only=only, dense=(*protect, *dense_layers))
         units += within
         refused = (*refused, *shared)
     if kernels:
         sized, whole = kernel_units(model, example, found)
-        units += [unit for unit in sized if not _is_protected(unit.layers, protect)]
+        free = [unit for unit in sized if not _is_named(unit.layers, protect)]
+        units += [unit for unit in free if not only or _is_named(unit.layers, only)]
         refused = (*refused, *whole)
     inputs = smaller_inputs(model, example) if resolutions else {}
     if inputs:
@@ -131,7 +138,32 @@ def _resizing(example: Tensor, size: Size) -> Layer:
     )  # fmt: skip
 
 
-def _is_protected(layers: Collection[str], globs: Sequence[str]) -> bool:
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """What may be narrowed, as far as the user says."""
+
+    model: nn.Module
+    only: Sequence[str]
+    protect: Sequence[str]
+    narrow: Collection[str]
+
+    def spares(self, group: Group) -> Refused | None:
+        """Why a group stays whole, if it does."""
+        layers = group.layers
+        if _is_named(layers, self.protect):
+            return Refused(group.root, "protected", layers, "protect")
+        made = {group.root, *(member.layer for member in group.on("out", "both"))}
+        if self.only and not all(_is_named((layer,), self.only) for layer in made):
+            return Refused(group.root, "not among those that `only` names", layers, "only")
+        kind = _kind(self.model, group)
+        return None if kind in self.narrow else Refused(group.root, _left(kind), layers, "space")
+
+
+def _left(kind: Kind) -> str:
+    return f"the space leaves {kind} as they are"
+
+
+def _is_named(layers: Collection[str], globs: Sequence[str]) -> bool:
     inside = [ancestor for layer in layers for ancestor in _with_ancestors(layer)]
     return any(fnmatch.filter(inside, glob) for glob in globs)
 
@@ -161,7 +193,7 @@ def _block_units(blocks: Sequence[Block]) -> list[Unit]:
 
 
 def _weight_units(
-    model: nn.Module, example: Tensor, blocks: Sequence[Block], *, dense: Sequence[str]
+    model: nn.Module, example: Tensor, blocks: Sequence[Block], *, only: Sequence[str], dense: Sequence[str]
 ) -> tuple[list[Unit], list[Refused]]:
     """One for each layer that runs once and is one matrix, in execution order; and those that share their weights."""
     modules = dict(model.named_modules())
@@ -173,7 +205,9 @@ def _weight_units(
     units = []
     for name, times in runs.items():
         layer = modules[name]
-        if times > 1 or not is_matrix(layer) or _is_protected((name,), dense):
+        if times > 1 or not is_matrix(layer) or _is_named((name,), dense):
+            continue
+        if only and not _is_named((name,), only):
             continue
         others = [other for other in names.get(id(layer.weight), ()) if other != f"{name}.weight"]
         if others:
@@ -194,10 +228,13 @@ def _tested(
         return groups, ()
     tried = [with_numbers(model, candidate, lambda group: check((group,))) for candidate in candidates]
     sound = tuple(group for group in tried if group is not None)
-    wrong = [Refused(group.root, "cutting it changes more than masking it: an operation on channels is not understood")
+    unlike = "cutting it changes more than masking it: an operation on channels is not understood"
+    wrong = [Refused(group.root, unlike, group.layers)
              for group, found in zip(groups, tried, strict=True) if found is None]  # fmt: skip
     while sound and not check(sound):  # each alone is fine, together they are not: give up the last ones
-        wrong.append(Refused(sound[-1].root, "cutting it beside others changes more than masking them"))
+        wrong.append(
+            Refused(sound[-1].root, "cutting it beside others changes more than masking them", sound[-1].layers)
+        )
         sound = sound[:-1]
     return sound, tuple(wrong)
 

@@ -127,10 +127,22 @@ def unpack(content: bytes, *, name: str = "packed model") -> Unpacked:
     `name` is what the error calls the content: its path.
     """
     about, entries = _opened(content, name)
+    return _unpacked(about, [(entry, _decoded(entry, name)) for entry in entries], name)
+
+
+def inspected(content: bytes, *, name: str = "packed model") -> tuple[Unpacked, Inventory]:
+    """As `unpack`, with what each tensor takes; checked and decoded once."""
+    about, entries = _opened(content, name)
+    decoded = [(entry, _decoded(entry, name)) for entry in entries]
+    items = [_item(entry.name, _coded(entry, parts), entry.shape) for entry, parts in decoded]
+    overhead = len(content) - sum(item.stored_bytes for item in items)
+    return _unpacked(about, decoded, name), Inventory(tuple(items), overhead)
+
+
+def _unpacked(about: dict[str, str], decoded: Sequence[tuple[_Entry, Sequence[Tensor]]], name: str) -> Unpacked:
     tensors: dict[str, Tensor] = {}
     quantised: dict[str, Codes] = {}
-    for entry in entries:
-        parts = _decoded(entry, name)
+    for entry, parts in decoded:
         if len(parts) == 1:
             tensors[entry.name] = parts[0]
             continue
@@ -142,14 +154,10 @@ def unpack(content: bytes, *, name: str = "packed model") -> Unpacked:
     return Unpacked(tensors, quantised, about)
 
 
-def inventory(content: bytes, *, name: str = "packed model") -> Inventory:
-    """What each tensor of a packed model takes. Raises ModelError as `unpack` does."""
-    items = []
-    for entry in _opened(content, name)[1]:
-        parts = zip(entry.layouts, entry.payloads, _decoded(entry, name), strict=True)
-        coded = [Coded(layout, payload, shannon_bytes(part, layout.kind)) for layout, payload, part in parts]
-        items.append(_item(entry.name, coded, entry.shape))
-    return Inventory(tuple(items), len(content) - sum(item.stored_bytes for item in items))
+def _coded(entry: _Entry, parts: Sequence[Tensor]) -> list[Coded]:
+    """Each part as it was stored, with its Shannon bound."""
+    rows = zip(entry.layouts, entry.payloads, parts, strict=True)
+    return [Coded(layout, payload, shannon_bytes(part, layout.kind)) for layout, payload, part in rows]
 
 
 def _encode(name: str, tensor: Tensor) -> Coded:

@@ -107,6 +107,13 @@ class CostModel:
         """The cost of one choice."""
         return float(self.evaluate(metric, as_array(choice))[0])
 
+    def by_layer(self, metric: Metric) -> Array:
+        """What each layer takes of the dense model's cost, (L,); forms that are not there, nothing."""
+        dense = as_array(self.space.dense)
+        widths = self._map.at(dense)
+        parts: Array = (self._list(metric, dense).at(widths.inputs, widths.outputs) * widths.present)[0]
+        return parts
+
     def linearise(self, metric: Metric, incumbent: Choice) -> list[Array]:
         """For each unit (options,): how the cost changes when only this unit's option is replaced. Exact but for seams.
 

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from autoprune.core.budget import shown
+from autoprune.core.floor import SHARES
 from autoprune.core.outcome import OutcomeRecord
 from autoprune.core.policy import LatencyRecord, Measured, ScoreRecord
 
 NOTHING = "–"
-_PERCENT_METRICS = ("top1", "top5", "miou", "miou_image", "map")
 
 
 def value(number: float, metric: str) -> str:
     """A metric's value: `93.4 %` for accuracies, four significant digits otherwise."""
-    return f"{number * 100:.2f} %" if metric in _PERCENT_METRICS else f"{number:.4g}"
+    return f"{number * 100:.2f} %" if metric in SHARES else f"{number:.4g}"
 
 
 def score(record: ScoreRecord | None, metric: str) -> str:
     """A metric with its standard error: `93.40 ± 0.25 %`."""
     if record is None:
         return NOTHING
-    if metric in _PERCENT_METRICS:
+    if metric in SHARES:
         return f"{record.value * 100:.2f} ± {record.stderr * 100:.2f} %"
     return f"{record.value:.4g} ± {record.stderr:.2g}"
 

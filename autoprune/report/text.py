@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from autoprune.core.outcome import OutcomeRecord, PackedRecord, UnitRecord, VerifyRecord
+from autoprune.core.outcome import CoverageRecord, OutcomeRecord, PackedRecord, UnitsRecord, VerifyRecord
 from autoprune.core.policy import Measured, Policy, UnitDecision
 from autoprune.report import numbers
 
@@ -16,14 +17,32 @@ BAR_WIDTH = 24
 MOST_COLUMNS = 6
 
 
-def units_table(units: Sequence[UnitRecord], *, notes: Iterable[str] = ()) -> RenderableType:
-    """What can be pruned: name, kind, width, shares of MACs and latency; notes below."""
+def units_view(record: UnitsRecord) -> RenderableType:
+    """What can be pruned: name, kind, width, shares of MACs and latency; how much that is, and why the rest stays."""
     table = _table("unit", "kind", numeric=("width", "MACs", "latency"))
-    for unit in units:
+    for unit in record.units:
         shares = numbers.share(unit.macs_share), numbers.share(unit.latency_share)
         table.add_row(Text(unit.name), unit.kind, str(unit.width), *shares)
-    count = Text(f"{len(units)} units", style="bold")
-    return Group(count, table, *_notes(notes))
+    kinds = Counter(unit.kind for unit in record.units)
+    many = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    count = Text(f"{len(record.units)} units ({many})", style="bold")
+    return Group(count, table, Text(""), *coverage_view(record.coverage))
+
+
+def coverage_view(coverage: CoverageRecord) -> list[RenderableType]:
+    """How much of the model units reach, and a table of what stays whole, what costs most first."""
+    reached = f"reached: {numbers.share(coverage.macs)} of the MACs, {numbers.share(coverage.params)} of the parameters"
+    inside = f"; weights inside layers: {numbers.share(coverage.weights)} of the parameters" if coverage.weights else ""
+    parts: list[RenderableType] = [Text(reached + inside, style="bold")]
+    if coverage.kept:
+        table = _table("kept whole", "why", numeric=("unreached", "touches"))
+        table.add_column("what to do", overflow="fold")
+        for kept in coverage.kept:
+            more = f" and {len(kept.roots) - 1} more" if len(kept.roots) > 1 else ""
+            shares = numbers.share(kept.macs_share), numbers.share(kept.held_share)
+            table.add_row(Text(kept.roots[0] + more), Text(kept.reason), *shares, Text(kept.advice or "-"))
+        parts.append(table)
+    return parts
 
 
 def policy_view(policy: Policy) -> RenderableType:
@@ -167,10 +186,6 @@ def _bar(unit: UnitDecision) -> Text:
 
 def _verdict(sentence: str, *, met: bool) -> Text:
     return Text(f"{'met' if met else 'missed'}: {sentence}", style="bold green" if met else "bold red")
-
-
-def _notes(notes: Iterable[str]) -> list[RenderableType]:
-    return [Text(f"note: {note}", style="dim") for note in notes]
 
 
 def _spaced(parts: Sequence[RenderableType]) -> list[RenderableType]:
