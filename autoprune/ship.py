@@ -12,12 +12,14 @@ from autoprune.apply import Applied
 from autoprune.errors import TargetError
 from autoprune.files import write_bytes, write_text
 from autoprune.model.flow import norms_after
+from autoprune.origin import copy_origin
 from autoprune.progress import Progress
 from autoprune.runtimes.onnxruntime import checked
 from autoprune.runtimes.torch import TorchRuntime
 from autoprune.storage import onnx_file, packed_model
 
-_SCRIPT = '''"""Rebuilds the pruned model from {factory!r} and {weights!r}. Needs torch and safetensors, not autoprune.
+_SCRIPT = '''"""Rebuilds the pruned model from {factory!r} and {weights!r}. Needs torch and safetensors,
+and the libraries that the unpruned model comes from; not autoprune.
 
     from rebuild import model
     network = model()
@@ -51,7 +53,7 @@ class Dropped(nn.Module):
 
 
 def dense_model():
-    """The unpruned model, from your own factory."""
+    """The unpruned model."""
     source, _, name = FACTORY.partition(":")
     if not source.endswith(".py"):
         return getattr(importlib.import_module(source), name)()
@@ -79,10 +81,11 @@ def halves(layer, rank):
 
 def fit(layer, name, state):
     """Give one layer the shapes of the stored tensors."""
-    weight = state.get(f"{{name}}.weight", state.get(f"{{name}}.running_mean"))
+    prefix = f"{{name}}." if name else ""
+    weight = state.get(f"{{prefix}}weight", state.get(f"{{prefix}}running_mean"))
     if weight is None:
-        return
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        pass
+    elif isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         if layer.groups == layer.in_channels == layer.out_channels > 1:
             layer.groups = layer.in_channels = weight.shape[0]
         else:
@@ -93,12 +96,12 @@ def fit(layer, name, state):
     elif isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
         layer.num_features = weight.shape[0]
     for key, tensor in list(layer.named_parameters(recurse=False)):
-        stored = state[f"{{name}}.{{key}}"]
+        stored = state[prefix + key]
         if tensor.shape != stored.shape:
             setattr(layer, key, nn.Parameter(torch.empty_like(stored)))
     for key, tensor in list(layer.named_buffers(recurse=False)):
-        stored = state[f"{{name}}.{{key}}"]
-        if tensor.shape != stored.shape:
+        stored = state.get(prefix + key)  # none where a module makes it itself
+        if stored is not None and tensor.shape != stored.shape:
             setattr(layer, key, torch.empty_like(stored))
 
 
@@ -144,7 +147,7 @@ def write_model(
 ) -> dict[str, Path]:
     """Write every form of the cut model into `folder`; kind -> path. A form that cannot be written is noted.
 
-    `factory` is the dense model's (`file.py:function`, relative to `source`); its file is copied beside the script.
+    `factory` is where the dense model comes from, relative to `source`; what that needs is copied beside the script.
     """
     model, plan = applied.model, applied.plan
     written: dict[str, Path] = {}
@@ -156,6 +159,7 @@ def write_model(
     write_bytes(packed, packed_model(state, applied.weights.quantised).content)
     written["packed"] = packed
     script = folder / "rebuild.py"
+    factory = copy_origin(factory, source, folder)
     dropped = {block.name: block.rest for block in plan.dropped}
     numbers: dict[str, dict[str, int]] = {}
     for (module, attribute), value in plan.numbers.items():
@@ -166,9 +170,6 @@ def write_model(
         numbers=numbers,
     ))  # fmt: skip
     written["rebuild script"] = script
-    own = source / factory.partition(":")[0]
-    if own.suffix == ".py" and own.is_file():
-        write_bytes(folder / own.name, own.read_bytes())
     onnx, exported = folder / "model.onnx", folder / "model.pt2"
     forms: dict[str, tuple[Path, Callable[[], None]]] = {
         "onnx": (onnx, lambda: write_bytes(onnx, _onnx(applied, example))),
