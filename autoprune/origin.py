@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
+
 import autoprune.sources
 from autoprune.files import write_bytes, write_text
 from autoprune.source import Source, parse_source
@@ -55,6 +57,6 @@ def _copied(known: Source, source: Path, folder: Path) -> str | None:
     if name is not None:
         here = source / known.place
         pairs = ((here / "config.json", folder / name / "config.json"),) if here.is_dir() else ((here, folder / name),)
-        for old, new in pairs:
-            write_bytes(new, old.read_bytes())
+        for old, new in pairs:  # an ONNX file's weights may be in another file: one holds all here
+            write_bytes(new, onnx.load(old).SerializeToString() if known.kind == "onnx" else old.read_bytes())
     return name

@@ -55,7 +55,7 @@ def test_unknown_names_and_keywords(tmp_path: Path, library: str) -> None:
     needs(library)
     with pytest.raises(ModelError, match=f"{library} has no model 'resnet19'; did you mean .*'resnet18'"):
         loaded(f"{library}:resnet19", tmp_path)
-    with pytest.raises(ModelError, match="TypeError.*no_such_keyword"):
+    with pytest.raises(ModelError, match=r"TypeError.*no_such_keyword"):
         loaded(f"{library}:resnet18?pretrained=false&no_such_keyword=1", tmp_path)
 
 

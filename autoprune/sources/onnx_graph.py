@@ -49,7 +49,8 @@ def _simplified(path: Path, runtime: Any) -> onnx.ModelProto:
         options.log_severity_level = 3
         try:
             runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            content = onnx.load(options.optimized_model_filepath)
+            content = onnx.load(options.optimized_model_filepath, load_external_data=False)
+            onnx.external_data_helper.load_external_data_for_model(content, str(path.parent))
             return onnx.shape_inference.infer_shapes(content, data_prop=True)
         except Exception as error:
             text = " ".join(str(error).split())[:400]
