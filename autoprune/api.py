@@ -23,14 +23,14 @@ from autoprune.core.unit import NARROWED, SizeOf
 from autoprune.costing import Stages, measured_costs
 from autoprune.coverage import coverage
 from autoprune.data import as_data
-from autoprune.errors import BudgetError, MissedError
+from autoprune.errors import BudgetError, ConfigError, MissedError
 from autoprune.evaluators import evaluator
 from autoprune.evaluators.base import Evaluator
 from autoprune.evaluators.function import Function
 from autoprune.evidence import judge, unit_records, write_down
 from autoprune.files import read_policy, write_bytes, write_policy, write_text
 from autoprune.goal import Plan, check_goal, resolve_limits
-from autoprune.loading import load_data, load_factory, load_model
+from autoprune.loading import load_data, load_factory, load_model, random_data
 from autoprune.model.describe import macs_of
 from autoprune.model.flow import norms_after
 from autoprune.model.integers import deployed
@@ -139,6 +139,8 @@ def units_of(config: Config, *, folder: Path, latency: bool, progress: Progress)
     run = usable_folder(folder / (config.run or "runs/search")) if latency else Path()
     space, costs, _ = measured_costs(subject, run, latency=latency, stages=Stages(), progress=progress)
     notes = tuple(f"kept whole: {entry.root} ({entry.reason})" for entry in subject.anatomy.refused)
+    if config.data is None:
+        notes = ("found with random inputs: there is no data", *notes)
     reached = coverage(costs, subject.anatomy.refused, narrowed=bool(subject.task.spec.narrowed))
     return UnitsRecord(units=unit_records(space, costs, {}), coverage=reached, notes=notes)
 
@@ -282,7 +284,7 @@ def _slug(budget: Budget, floor: Floor) -> str:
 
 
 def _task(config: Config, folder: Path) -> Task:
-    data = load_data(config, folder=folder)
+    data = None if config.data is None else load_data(config, folder=folder)
     model = load_model(config, folder=folder)
     if ":" in config.metric:
         function: Any = load_factory(config.metric, folder, key="metric")
@@ -294,6 +296,10 @@ def _task(config: Config, folder: Path) -> Task:
     target, shape = config.target.target, config.target.example
     if shape is not None:
         target = replace(target, batch=shape[0])
+    if data is None:
+        if shape is None:
+            raise ConfigError("data: is missing; write e.g. `data: model.py:data`, or give an example's shape")
+        data = random_data(model, shape)
     return Task(
         model, type(model).__name__, data, judge_by, target, spec, None if shape is None else shape[1:],
         config.search.seed, config.size, config.search.bank_memory,

@@ -118,7 +118,7 @@ def units(
     given: Given,
 ) -> None:
     """List what can be pruned in the model, how much of it that is, and why the rest cannot."""
-    config, folder, notice = _configured(given, goal=False)
+    config, folder, notice = _configured(given, goal=False, data=False)
     with make_display(mode) as display:
         display.note(notice)
         record: UnitsRecord = _api().units_of(config, folder=folder, latency=latency, progress=display)
@@ -231,15 +231,19 @@ def _api() -> ModuleType:
     return importlib.import_module("autoprune.api")
 
 
-def _configured(given: Given, *, goal: bool) -> tuple[Config, Path, str]:
+def _configured(given: Given, *, goal: bool, data: bool = True) -> tuple[Config, Path, str]:
     """Configuration, the folder its paths are relative to, and a line that says where it came from."""
     path = given.config
     if path is None and Path(FILE_NAME).is_file():
         path = Path(FILE_NAME)
     if path is not None:
-        return load_config(path, given.overrides, goal=goal), path.resolve().parent, f"configuration: {path}"
+        return load_config(path, given.overrides, goal=goal, data=data), path.resolve().parent, f"configuration: {path}"
     if {"model", "data"} & set(given.overrides):
-        return load_config(None, given.overrides, goal=goal), Path.cwd(), f"no {FILE_NAME}; using the flags alone"
+        return (
+            load_config(None, given.overrides, goal=goal, data=data),
+            Path.cwd(),
+            f"no {FILE_NAME}; using the flags alone",
+        )
     notice = f"no {FILE_NAME} here; running the embedded demo (`autoprune init` begins your own)"
     return demo_config(given.overrides, goal=goal), Path.cwd(), notice
 

@@ -31,6 +31,7 @@ from autoprune.core.unit import SizeOf
 from autoprune.errors import ConfigError, RunError, listed, near_miss
 from autoprune.files import read_yaml, write_text
 from autoprune.problems import given, problems_of
+from autoprune.source import ALLOWED, FUNCTION, anchored, parse_source
 
 FILE_NAME = "autoprune.yaml"
 RUN_FILE = "run.json"
@@ -46,19 +47,25 @@ GOAL_HELP = (
     "--max-loss)"
 )
 
-_FACTORY = re.compile(r"(?P<place>.*\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z_]\w*)", re.DOTALL)
 _PATH_KEYS = ("weights", "run")
 _FACTORY_KEYS = ("model", "data", "metric")
 
 
 def _factory(value: object) -> object:
-    if not isinstance(value, str) or not _FACTORY.fullmatch(value):
+    if not isinstance(value, str) or not FUNCTION.fullmatch(value):
         raise ValueError(f"given {given(value)}, allowed: 'file.py:function' or 'package.module:function'")
     return value
 
 
+def _source(value: object) -> object:
+    if not isinstance(value, str):
+        raise ValueError(f"given {given(value)}, allowed: {ALLOWED}")
+    parse_source(value)
+    return value
+
+
 def _metric(value: object) -> object:
-    if isinstance(value, str) and (value in METRICS or _FACTORY.fullmatch(value)):
+    if isinstance(value, str) and (value in METRICS or FUNCTION.fullmatch(value)):
         return value
     raise ValueError(f"given {given(value)}, allowed: 'file.py:function' or a name; {near_miss(str(value), METRICS)}")
 
@@ -190,9 +197,14 @@ class SearchConfig(_Section):
 class Config(_Section):
     """One search. Paths are relative to the folder of the file it was read from."""
 
-    model: Factory = Field(description="Function without arguments that returns the trained torch module.")
+    model: Annotated[str, BeforeValidator(_source)] = Field(
+        description="The trained model: a function without arguments that returns it (`file.py:function`), "
+        "`timm:NAME`, `torchvision:NAME`, `hf:FOLDER`, `FILE.onnx` or `FILE.pt2`."
+    )
     weights: str | None = Field(default=None, min_length=1, description="State dict to load: .safetensors, or .pt.")
-    data: Factory = Field(description="Function without arguments that returns calibration and validation data.")
+    data: Factory | None = Field(
+        default=None, description="Function without arguments that returns calibration and validation data."
+    )
     metric: Annotated[str, BeforeValidator(_metric)] = Field(
         default="top1", description=f"{', '.join(METRICS)} or a function."
     )
@@ -256,11 +268,12 @@ class Config(_Section):
         return self.higher_is_better and self.metric not in LOWER_IS_BETTER
 
 
-def load_config(path: Path | None, overrides: Mapping[str, object], *, goal: bool = True) -> Config:
+def load_config(path: Path | None, overrides: Mapping[str, object], *, goal: bool = True, data: bool = True) -> Config:
     """The configuration in `path` (none: only `overrides`) with `overrides` by dotted key on top.
 
     Overridden paths are relative to the working folder, those of the file to its own. `goal`: a budget or an accuracy
-    floor must be given. Raises one ConfigError that lists all problems.
+    floor must be given. `data`: data must be given; otherwise an example's shape will do. Raises one ConfigError that
+    lists all problems.
     """
     content = _read(path) if path is not None else {}
     content = _overridden(content, _anchored(overrides, path))
@@ -275,6 +288,9 @@ def load_config(path: Path | None, overrides: Mapping[str, object], *, goal: boo
         config = Config.model_validate(content)
     except ValidationError as error:
         problems = [(key, _remedied(key, text)) for key, text in problems_of(error, Config)] + problems
+    if content.get("data") is None and (data or config is None or config.target.example is None):
+        rest = "" if data else "; with --example, random inputs of that shape are taken in its place"
+        problems.append(("data", _remedied("data", "is missing") + rest))
     if config is None or problems:
         raise _error(problems, name, set(overrides))
     return config
@@ -320,6 +336,7 @@ def json_schema() -> dict[str, Any]:
         described = {name: properties[key][name] for name in ("description", "title") if name in properties[key]}
         properties[key] = {**described, "anyOf": [*shape["anyOf"], {"type": "null"}], "default": None}
     properties["space"] = {"anyOf": [properties["space"], {"type": "string"}]}
+    schema["required"] = [*schema["required"], "data"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": FILE_NAME}
 
 
@@ -338,15 +355,16 @@ def _given(overrides: Mapping[str, object]) -> dict[str, object]:
 
 def _anchored(overrides: Mapping[str, object], path: Path | None) -> dict[str, object]:
     """Overrides whose paths stay true when they are read relative to the file's folder."""
-    anchored = _given(overrides)
+    found = _given(overrides)
     if path is None or path.resolve().parent == Path.cwd():
-        return anchored
+        return found
     for key in (*_PATH_KEYS, *_FACTORY_KEYS, "space.preset"):
-        value = anchored.get(key)
-        is_path = isinstance(value, str) and (key in _PATH_KEYS or ".py:" in value or value.endswith((".yaml", ".yml")))
-        if is_path:
-            anchored[key] = os.path.join(os.getcwd(), str(value))
-    return anchored
+        value = found.get(key)
+        if key == "model" and isinstance(value, str):
+            found[key] = anchored(value, Path.cwd())
+        elif isinstance(value, str) and (key in _PATH_KEYS or ".py:" in value or value.endswith((".yaml", ".yml"))):
+            found[key] = os.path.join(os.getcwd(), value)
+    return found
 
 
 def _overridden(content: Mapping[str, object], overrides: Mapping[str, object]) -> dict[str, Any]:

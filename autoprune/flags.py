@@ -28,7 +28,9 @@ class Flag:
 
 
 FLAGS = (
-    Flag("model", ("--model",), str, "Function that returns the trained model: file.py:function."),
+    Flag(
+        "model", ("--model",), str, "file.py:function, timm:NAME, torchvision:NAME, hf:FOLDER, FILE.onnx or FILE.pt2."
+    ),
     Flag("weights", ("--weights",), str, "State dict to load into it (.safetensors or .pt)."),
     Flag("data", ("--data",), str, "Function that returns the data: file.py:function."),
     Flag("metric", ("--metric",), str, "top1, top5, miou, psnr, mse, perplexity, ..., or file.py:function."),

@@ -1,4 +1,4 @@
-"""The user's model and data, brought in from their Python files and weight files.
+"""The user's model and data, brought in from their Python files, weight files and other sources of models.
 
 Knows how to import a function by file or by module and how that fails. Does not know pruning.
 """
@@ -13,7 +13,7 @@ import itertools
 import pickle
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -23,9 +23,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from autoprune.config import Config
-from autoprune.data import Data, from_factory
+from autoprune.data import Data, as_data, from_factory
 from autoprune.errors import AutopruneError, ConfigError, DataError, ModelError, near_miss
 from autoprune.files import cause
+from autoprune.source import Source, parse_source
+from autoprune.sources.hugging_face import OneTensor
+from autoprune.sources.opened import opened
+from autoprune.sources.refusal import RefusedError
 
 _SHOWN = 5
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
@@ -51,7 +55,11 @@ def load_factory(spec: str, folder: Path, *, key: str) -> Callable[..., object]:
 
 def load_model(config: Config, *, folder: Path) -> nn.Module:
     """The user's model with its weights, in evaluation mode. Raises ConfigError or ModelError."""
-    model = _called(config.model, folder, key="model", error=ModelError)
+    source = parse_source(config.model)
+    if source.kind == "function":
+        model = _called(config.model, folder, key="model", error=ModelError)
+    else:
+        model = _opened(source, folder, name=config.model, pretrained=config.weights is None)
     if not isinstance(model, nn.Module):
         raise ModelError(f"model: {config.model} returned {type(model).__name__}; it must return a torch.nn.Module")
     if config.weights is not None:
@@ -62,8 +70,23 @@ def load_model(config: Config, *, folder: Path) -> nn.Module:
 
 def load_data(config: Config, *, folder: Path) -> Data:
     """The user's data as tensors. Raises ConfigError or DataError."""
+    if config.data is None:
+        raise DataError("data: is missing; write e.g. `data: model.py:data`")
     returned = _called(config.data, folder, key="data", error=DataError)
     return from_factory(returned, name=f"data: {config.data}")
+
+
+def random_data(model: nn.Module, shape: Sequence[int]) -> Data:
+    """Four random samples of an example's `shape` (batch, ...), to look at a model that comes without data.
+
+    Tokens where the model says how many there are, otherwise floats from the normal distribution.
+    """
+    generator, sizes = torch.Generator().manual_seed(0), (4, *shape[1:])
+    if isinstance(model, OneTensor) and model.vocabulary is not None:
+        inputs = torch.randint(model.vocabulary, sizes, generator=generator)
+    else:
+        inputs = torch.randn(sizes, generator=generator)
+    return as_data(inputs, (inputs, torch.zeros(4, dtype=torch.int64)))
 
 
 def fit_weights(model: nn.Module, weights: Mapping[str, Tensor], *, name: str) -> None:
@@ -81,6 +104,17 @@ def fit_weights(model: nn.Module, weights: Mapping[str, Tensor], *, name: str) -
     if problems:
         raise ModelError(f"weights: {name} does not fit the model; {'; '.join(problems)}")
     model.load_state_dict(dict(weights), strict=False)
+
+
+def _opened(source: Source, folder: Path, *, name: str, pretrained: bool) -> nn.Module:
+    """A model that no function of the user's returns. Raises ModelError."""
+    place = str(folder / source.place) if source.is_path else source.place
+    if source.kind in ("onnx", "export") and not Path(place).is_file():
+        raise ModelError(f"model: there is no file {place}")
+    try:
+        return opened(source.kind, place, dict(source.keywords), pretrained=pretrained)
+    except RefusedError as error:
+        raise ModelError(f"model: {name}: {error}") from error
 
 
 @contextlib.contextmanager

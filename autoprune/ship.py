@@ -15,12 +15,14 @@ from autoprune.errors import TargetError
 from autoprune.files import write_bytes, write_text
 from autoprune.model import plain_modules
 from autoprune.model.flow import norms_after
+from autoprune.origin import copy_origin
 from autoprune.progress import Progress
 from autoprune.runtimes.onnxruntime import checked
 from autoprune.runtimes.torch import TorchRuntime
 from autoprune.storage import onnx_file, packed_model
 
-_SCRIPT = '''"""Rebuilds the pruned model from {factory!r} and {weights!r}. Needs torch and safetensors, not autoprune.
+_SCRIPT = '''"""Rebuilds the pruned model from {factory!r} and {weights!r}. Needs torch and safetensors,
+and the libraries that the unpruned model comes from; not autoprune.
 
     from rebuild import model
     network = model()
@@ -65,7 +67,7 @@ class Dropped(nn.Module):
 
 {plain_source}
 def dense_model():
-    """The unpruned model, from your own factory."""
+    """The unpruned model."""
     source, _, name = FACTORY.partition(":")
     if not source.endswith(".py"):
         return getattr(importlib.import_module(source), name)()
@@ -127,7 +129,7 @@ def fit(layer, name, state, made):
             new, same = made.setdefault(tensor, (nn.Parameter(torch.empty_like(stored)), stored))
             setattr(layer, key, new if torch.equal(same, stored) else nn.Parameter(torch.empty_like(stored)))
     for key, tensor in list(layer.named_buffers(recurse=False)):
-        stored = state.get(before + key)
+        stored = state.get(before + key)  # none where a module makes it itself
         if stored is not None and tensor.shape != stored.shape:
             setattr(layer, key, torch.empty_like(stored))
     if isinstance(layer, nn.RNNBase):
@@ -201,7 +203,7 @@ def write_model(
 ) -> dict[str, Path]:
     """Write every form of the cut model into `folder`; kind -> path. A form that cannot be written is noted.
 
-    `factory` is the dense model's (`file.py:function`, relative to `source`); its file is copied beside the script.
+    `factory` is where the dense model comes from, relative to `source`; what that needs is copied beside the script.
     """
     model, plan = applied.model, applied.plan
     written: dict[str, Path] = {}
@@ -213,6 +215,7 @@ def write_model(
     write_bytes(packed, packed_model(state, applied.weights.quantised).content)
     written["packed"] = packed
     script = folder / "rebuild.py"
+    factory = copy_origin(factory, source, folder)
     dropped = {each.name: (each.rest, each.further) for block in plan.dropped for each in block.stand_ins}
     numbers: dict[str, dict[str, int]] = {}
     for (module, attribute), value in plan.numbers.items():
@@ -224,9 +227,6 @@ def write_model(
         resized=plan.size,
     ))  # fmt: skip
     written["rebuild script"] = script
-    own = source / factory.partition(":")[0]
-    if own.suffix == ".py" and own.is_file():
-        write_bytes(folder / own.name, own.read_bytes())
     onnx, exported = folder / "model.onnx", folder / "model.pt2"
     forms: dict[str, tuple[Path, Callable[[], None]]] = {
         "onnx": (onnx, lambda: write_bytes(onnx, _onnx(applied, example))),

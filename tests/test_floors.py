@@ -22,6 +22,8 @@ LEVELS: dict[str, int] = {
     "demo": 2,
     "files": 3,
     "base": 3,  # the bases of plug-ins
+    "source": 3,
+    "sources": 3,
     "spaces": 4,
     "config": 4,
     "data": 4,
@@ -52,6 +54,7 @@ LEVELS: dict[str, int] = {
     "pursue": 7,
     "evidence": 7,
     "apply": 7,
+    "origin": 6,
     "ship": 7,
     "api": 8,
     "display": 8,
@@ -59,7 +62,13 @@ LEVELS: dict[str, int] = {
     "init": 8,
     "cli": 9,
 }
-DOORS = {"autoprune/__init__.py", "autoprune/cli.py", "autoprune/plugins.py"}
+DOORS = {
+    "autoprune/__init__.py",
+    "autoprune/cli.py",
+    "autoprune/plugins.py",
+    "autoprune/sources/opened.py",
+    "autoprune/sources/refusal.py",
+}
 """Files that may import by name at run time."""
 
 
@@ -139,6 +148,11 @@ def test_core_is_standard_library_and_pydantic() -> None:
 def test_configuration_is_for_the_top_and_for_loading() -> None:
     users = {module_of(path) for path in files() if "autoprune.config" in set(own(path))}
     assert users <= {"autoprune.api", "autoprune.cli", "autoprune.loading", "autoprune.init"}
+
+
+def test_sources_run_without_the_rest() -> None:
+    for path in (ROOT / "sources").glob("*.py"):
+        assert all(name.startswith("autoprune.sources") for name in own(path)), f"{path}: is copied beside rebuild.py"
 
 
 def test_heavy_packages_live_behind_their_walls() -> None:
