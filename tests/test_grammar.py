@@ -1,0 +1,288 @@
+"""Networks drawn from a grammar: whatever is cut equals what is masked, in torch and in ONNX Runtime.
+
+The mask is found without what discovery says of who reads what. A model runs on several copies of every sample, side by
+side; in all but the first, the layers that make the channels that go make something else: more, less, noise. A layer
+that mixes channels is shown zeros wherever the copies differ. If they agree at the outputs, nothing else has read what
+goes; and the cut model must do the same, in double precision, where no error hides in rounding.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from grammar import Sentence, Word, sentences
+from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import strategies as st
+from networks import assert_untouched, snapshot
+from torch import Tensor, nn
+
+from autoprune.bank.build import Bank
+from autoprune.bank.stitch import Stitcher, shape_only
+from autoprune.core.unit import DROP, Option
+from autoprune.errors import ModelError
+from autoprune.model.blocks import Block
+from autoprune.model.coupling import CONVOLUTIONS, Group, is_depthwise
+from autoprune.model.cut import cut, plan_cut
+from autoprune.model.discover import Anatomy, discover
+from autoprune.model.recalibrate import Anchor
+from autoprune.nest import tensors_of
+from autoprune.runtimes.onnxruntime import export
+
+torch.set_num_threads(1)
+COPIES = 4
+MIXING = (*CONVOLUTIONS, nn.Linear, nn.ConvTranspose1d, nn.ConvTranspose2d)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What goes: removal orders and kept numbers of groups, and blocks."""
+
+    orders: Mapping[str, Tensor]
+    keep: Mapping[str, int]
+    dropped: tuple[Block, ...]
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        return {root: order[len(order) - self.keep[root] :].sort().values for root, order in self.orders.items()}
+
+    @property
+    def gone(self) -> set[str]:
+        return {layer for block in self.dropped for layer in block.layers}
+
+    def options(self) -> dict[str, Option]:
+        narrowed = {root: Option("drawn", keep) for root, keep in self.keep.items()}
+        return narrowed | {block.name: DROP for block in self.dropped}
+
+
+def decided(anatomy: Anatomy, seed: int, *, drops: bool = True) -> Decision:
+    """Any number of channels of every unit, never none; every second block on average."""
+    generator = torch.Generator().manual_seed(seed)
+    orders = {group.root: torch.randperm(group.width, generator=generator) for group in anatomy.groups}
+    keep = {root: int(torch.randint(1, len(order) + 1, (), generator=generator)) for root, order in orders.items()}
+    chosen = [block for block in anatomy.blocks if drops and torch.rand((), generator=generator) < 0.5]
+    return Decision(orders, keep, tuple(chosen))
+
+
+# ---- the oracle ----------------------------------------------------------------------------------------------------
+
+
+def channel_dim(layer: nn.Module) -> int:
+    return -1 if isinstance(layer, (nn.Linear, nn.Embedding)) else 1
+
+
+def makers(groups: Collection[Group], decision: Decision) -> dict[str, list[int]]:
+    """Layer (or embedding) -> the outputs that go."""
+    found: dict[str, list[int]] = {}
+    for group in groups:
+        removed = decision.orders[group.root][: group.width - decision.keep[group.root]]
+        sides = [(member.layer, member.positions) for member in group.on("out", "both")]
+        sides += [(slab.module, slab.positions) for slab in group.slabs if slab.parameter.endswith("weight")]
+        for layer, positions in sides:
+            if layer not in decision.gone:
+                found.setdefault(layer, []).extend(positions[removed].flatten().tolist())
+    return found
+
+
+@contextmanager
+def copies(model: nn.Module, groups: Collection[Group], decision: Decision) -> Iterator[None]:
+    """For the time of the block: what goes differs between the copies, and is zero where a mixing layer would see it.
+
+    More and less show through what saturates, noise through what a constant does not change.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def distort(positions: list[int]) -> Callable[[nn.Module, object, Tensor], Tensor]:
+        def after(layer: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+            changed = output.movedim(channel_dim(layer), -1).clone()
+            _, more, less, noisy = changed.chunk(COPIES)
+            noise = 4 * torch.randn(noisy[..., positions].shape, generator=generator, dtype=noisy.dtype)
+            for part, added in ((more, 16), (less, -16), (noisy, noise)):
+                part[..., positions] += added
+            return changed.movedim(-1, channel_dim(layer))
+
+        return after
+
+    def blind(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if is_depthwise(layer):
+            return inputs
+        channels = inputs[0].movedim(channel_dim(layer), -1)
+        first, *others = (part.reshape(-1, channels.shape[-1]) for part in channels.chunk(COPIES))
+        same = torch.stack([torch.isclose(other, first, rtol=1e-9, atol=1e-9).all(0) for other in others]).all(0)
+        return ((channels * same).movedim(-1, channel_dim(layer)), *inputs[1:])
+
+    modules = dict(model.named_modules())
+    told = makers(groups, decision)
+    handles = [modules[name].register_forward_hook(distort(positions)) for name, positions in told.items()
+               if isinstance(modules[name], (*MIXING, nn.Embedding))]  # fmt: skip
+    handles += [layer.register_forward_pre_hook(blind) for layer in modules.values() if isinstance(layer, MIXING)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def silenced(model: nn.Module, blocks: Collection[Block]) -> nn.Module:
+    """A copy in which all that `blocks` hold is zero: what a block's removal is to be the same as."""
+    copied = cut(model, plan_cut({}, (), kept={}, dropped=()))
+    for block in blocks:
+        module = copied.get_submodule(block.name)
+        for parameter in module.parameters():
+            parameter.data.zero_()
+        for layer in module.modules():
+            if isinstance(layer.running_mean if hasattr(layer, "running_mean") else None, Tensor):
+                layer.running_mean.zero_()
+    return copied
+
+
+def doubled(model: nn.Module) -> nn.Module:
+    return cut(model, plan_cut({}, (), kept={}, dropped=())).double()
+
+
+def assert_cut_equals_mask(model: nn.Module, anatomy: Anatomy, inputs: Tensor, decision: Decision) -> nn.Module:
+    """The really cut model, once it has been found equal to the masked one."""
+    plan = plan_cut(anatomy.widths, anatomy.groups, kept=decision.kept, dropped=decision.dropped)
+    inputs = inputs.double() if inputs.is_floating_point() else inputs
+    reference = silenced(doubled(model), decision.dropped)
+    with torch.no_grad():
+        with copies(reference, anatomy.groups, decision):
+            outputs = tensors_of(reference(torch.cat([inputs] * COPIES)))
+        found = tensors_of(cut(doubled(model), plan)(inputs))
+    assert len(found) == len(outputs)
+    for got, output in zip(found, outputs, strict=True):
+        wanted, *others = output.chunk(COPIES)
+        scale = float(wanted.abs().max().clamp_min(1e-3))
+        assert all(torch.allclose(other, wanted, rtol=0, atol=1e-8 * scale) for other in others), "something else reads it"
+        assert got.shape == wanted.shape
+        assert torch.allclose(got, wanted, rtol=0, atol=1e-8 * scale), float((got - wanted).abs().max()) / scale
+    return cut(model, plan)
+
+
+def assert_stitched_is_cut(model: nn.Module, anatomy: Anatomy, decision: Decision, smaller: nn.Module) -> None:
+    """A candidate from a bank of the same orders is the cut model bit for bit; the clock's model has its shapes."""
+    bank = Bank({}, {root: {"drawn": order} for root, order in decision.orders.items()}, {}, {})
+    options = decision.options()
+    built = Stitcher(model, anatomy, bank, anchor=Anchor((), ())).build(options, recalibrate=False).model
+    timed = shape_only(model, anatomy, options)
+    state = smaller.state_dict()
+    assert {name: tuple(t.shape) for name, t in timed.state_dict().items()} == {n: tuple(t.shape) for n, t in state.items()}
+    assert built.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in built.state_dict().items())
+
+
+def assert_onnx_equals_torch(model: nn.Module, inputs: Tensor) -> None:
+    """All outputs of the exported graph, to 1e-5 of their scale."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(export(model, inputs), options, providers=["CPUExecutionProvider"])
+    found = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
+    with torch.no_grad():
+        wanted = tensors_of(model(inputs))
+    assert len(found) == len(wanted)
+    for got, tensor in zip(found, wanted, strict=True):
+        scale = float(tensor.abs().max().clamp_min(1e-3))
+        assert np.allclose(got, tensor.numpy(), rtol=0, atol=2e-5 * scale), float(np.abs(got - tensor.numpy()).max()) / scale
+
+
+def anatomy_of(model: nn.Module, inputs: Tensor) -> Anatomy | None:
+    """What discovery finds; None where it says that there is nothing."""
+    try:
+        return discover(model, inputs, slabs=True)
+    except ModelError as error:
+        assert "nothing in this model can be pruned" in str(error)  # noqa: PT017
+        return None
+
+
+def check(sentence: Sentence, seed: int, *, onnx: bool = False) -> None:
+    model, inputs = sentence.model(), sentence.example()
+    before = snapshot(model)
+    anatomy = anatomy_of(model, inputs)
+    assert_untouched(model, before)
+    if anatomy is None:
+        return
+    decision = decided(anatomy, seed)
+    smaller = assert_cut_equals_mask(model, anatomy, inputs, decision)
+    assert_stitched_is_cut(model, anatomy, decision, smaller)
+    if onnx:
+        assert_onnx_equals_torch(smaller, inputs)
+
+
+# ---- the property --------------------------------------------------------------------------------------------------
+
+chances = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+
+
+@settings(chances, max_examples=60)
+@given(sentences(), st.integers(0, 999))
+def test_any_network_of_the_grammar_is_cut_as_it_is_masked(sentence: Sentence, seed: int) -> None:
+    check(sentence, seed)
+
+
+@pytest.mark.slow
+@settings(chances, max_examples=3000)
+@given(sentences(), st.integers(0, 9999))
+def test_thousands_of_networks_of_the_grammar_are_cut_as_they_are_masked(sentence: Sentence, seed: int) -> None:
+    check(sentence, seed)
+
+
+# ---- word by word --------------------------------------------------------------------------------------------------
+
+UNITS: Mapping[tuple[str, str], tuple[tuple[int, ...], ...]] = {
+    # widths of the units that a word alone has, counted by hand, for its variants from 0
+    ("image", "plain"): ((8,), (8,), (8,), (2,)),  # the last one's norm has two groups
+    ("image", "basic"): ((8,), (8, 8)),
+    ("image", "bottleneck"): ((8, 8), (4, 4), (8,)),
+    ("image", "separable"): ((8,),),
+    ("image", "inverted"): ((8, 4), (8,)),
+    ("image", "gate"): ((8,),),
+    ("image", "interleaved"): ((4, 2, 4),) * 3,
+    ("image", "shuffle"): ((4, 4), (2, 4, 4)),
+    ("image", "dense"): ((8, 8), (8, 8)),
+    ("image", "branches"): ((4, 4, 4), (4, 4, 4, 4), (4, 4)),
+    ("image", "skip"): ((8, 8, 8), (8, 8, 8), (8, 8, 8), (8, 8), (8, 8)),
+    ("image", "sliced"): ((4, 4), (4, 4)),
+    ("image", "gated"): ((8,), (8,)),
+    ("image", "convnext"): ((8,),),
+    ("image", "scaled"): ((8,),) * 4,
+    ("image", "seen"): ((), (), (), (8,), ()),
+    ("signal", "plain"): ((8,), (8,), (8,), (2,)),
+    ("signal", "temporal"): ((8, 8), (8,), (8, 8)),
+    ("signal", "recurrent"): ((), ()),
+    ("vectors", "attention"): ((2,), (2,), (), (2,), (2,)),
+    ("vectors", "grouped"): ((2,), (2,)),
+    ("vectors", "feed"): ((8,),) * 4,
+    ("vectors", "mixer"): ((8,),) * 4,
+    ("tokens", "grouped"): ((2,), (2,)),
+    ("tokens", "feed"): ((8,),) * 4,
+    ("table", "linear"): ((8,),),
+    ("table", "residual"): ((8,),),
+}
+WORDS = [(family, kind, variant) for (family, kind), units in UNITS.items() for variant in range(len(units))]
+
+
+def alone(family: str, kind: str, variant: int) -> Sentence:
+    """A word, and before it in images a convolution of eight channels."""
+    before = (Word("plain"),) if family == "image" else ()
+    return Sentence(family, (*before, Word(kind, 8, variant)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("family", "kind", "variant"), WORDS)
+def test_every_word_has_its_units_and_its_cut_is_exported(family: str, kind: str, variant: int) -> None:
+    sentence = alone(family, kind, variant)
+    anatomy = anatomy_of(sentence.model(), sentence.example())
+    found = [] if anatomy is None else [group.width for group in anatomy.groups]
+    wanted = [*((8,) if family == "image" and kind != "convnext" else ()), *UNITS[family, kind][variant]]
+    assert not Counter(wanted) - Counter(found), (wanted, found)
+    check(sentence, variant, onnx=True)
+
+
+@pytest.mark.parametrize(("head", "variant"), [(head, variant) for head in ("detect", "denoise") for variant in range(3)])
+def test_networks_of_several_outputs_and_of_images(head: str, variant: int) -> None:
+    check(Sentence("image", (Word("plain"), Word("basic", 8, 1)), head, variant), variant, onnx=True)
