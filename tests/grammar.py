@@ -186,7 +186,8 @@ def _table(sentence: Sentence) -> nn.Module:
     for word in sentence.words:
         active = words.pick(word.variant, words.ACTIVATIONS)()
         if word.kind == "residual":
-            layers.append(words.Around(nn.Sequential(nn.Linear(width, word.width), active, nn.Linear(word.width, width))))
+            body = nn.Sequential(nn.Linear(width, word.width), active, nn.Linear(word.width, width))
+            layers.append(words.Around(body))
             continue
         layers.extend([nn.Linear(width, word.width), nn.BatchNorm1d(word.width), active, nn.Dropout()])
         width = word.width

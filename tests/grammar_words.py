@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-
 T = TypeVar("T")
 
 
@@ -124,7 +123,8 @@ def inverted(inputs: int, inner: int, variant: int) -> nn.Module:
     """Widen, depthwise, gate, narrow, and the identity (MobileNetV3)."""
     active = pick(variant, (nn.Hardswish, nn.ReLU6, nn.SiLU))
     gate = Gate(inner, 4, variant) if variant % 2 == 0 else nn.Identity()
-    body = [*conv(inputs, inner, 1), active(), *conv(inner, inner, groups=inner), active(), gate, *conv(inner, inputs, 1)]
+    depthwise = conv(inner, inner, groups=inner)
+    body = [*conv(inputs, inner, 1), active(), *depthwise, active(), gate, *conv(inner, inputs, 1)]
     return Around(nn.Sequential(*body))
 
 
@@ -134,7 +134,8 @@ class Interleaved(nn.Module):
     def __init__(self, inputs: int, outputs: int, variant: int) -> None:
         super().__init__()
         self.entry = nn.Sequential(*conv(inputs, outputs, 1), nn.ReLU())
-        self.first, self.second = nn.Sequential(*conv(outputs, outputs, groups=2)), nn.Conv2d(outputs, outputs, 1, groups=2)
+        self.first = nn.Sequential(*conv(outputs, outputs, groups=2))
+        self.second = nn.Conv2d(outputs, outputs, 1, groups=2)
         self.variant = variant
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,10 +157,12 @@ class Shuffle(nn.Module):
         super().__init__()
         self.entry = nn.Sequential(*conv(inputs, outputs, 1), nn.ReLU())
         half = outputs // 2
-        self.units = nn.ModuleList(
-            nn.Sequential(*conv(half, half, 1), nn.ReLU(), *conv(half, half, groups=half), *conv(half, half, 1), nn.ReLU())
-            for _ in range(1 + variant % 2)
-        )  # fmt: skip
+
+        def branch() -> nn.Module:
+            depthwise = conv(half, half, groups=half)
+            return nn.Sequential(*conv(half, half, 1), nn.ReLU(), *depthwise, *conv(half, half, 1), nn.ReLU())
+
+        self.units = nn.ModuleList(branch() for _ in range(1 + variant % 2))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.entry(x)
@@ -189,16 +192,16 @@ class Dense(nn.Module):
 
 
 class Branches(nn.Module):
-    """Branches that are joined: Fire (squeeze, then two), Inception (four, one of them a pool), or dilated sums (ESP)."""
+    """Branches that are joined: Fire (squeeze, then two), Inception (one of them a pool), or dilated sums (ESP)."""
 
     def __init__(self, inputs: int, outputs: int, variant: int) -> None:
         super().__init__()
         self.kind = pick(variant, ("fire", "inception", "sums"))
         half = outputs // 2
         self.squeeze = nn.Sequential(nn.Conv2d(inputs, half, 1), nn.ReLU())
-        dilation = 2 if self.kind == "sums" else 1
+        dilation, right = (2, half) if self.kind == "sums" else (1, outputs - half)
         self.left = nn.Conv2d(half, half, 1)
-        self.right = nn.Conv2d(half, outputs - half if self.kind != "sums" else half, 3, padding=dilation, dilation=dilation)
+        self.right = nn.Conv2d(half, right, 3, padding=dilation, dilation=dilation)
         self.pooled = nn.Conv2d(inputs, 4, 1) if self.kind == "inception" else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -285,7 +288,8 @@ class Scaled(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, variant: int) -> None:
         super().__init__()
-        self.layer, self.kind = nn.Conv2d(inputs, outputs, 3, padding=1), pick(variant, ("slopes", "scale", "all", "signs"))
+        self.kind = pick(variant, ("slopes", "scale", "all", "signs"))
+        self.layer = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.slopes = nn.PReLU(outputs if self.kind == "slopes" else 1)
         self.scale = nn.Parameter(torch.rand(outputs if self.kind == "scale" else 1, 1, 1) + 0.5)
 
@@ -295,7 +299,7 @@ class Scaled(nn.Module):
 
 
 class Seen(nn.Module):
-    """Channels that something looks at by number, or mixes: attention over space or over channels, an order, a focus."""
+    """Channels that something looks at by number, or mixes: attention over space, over channels, an order, a focus."""
 
     def __init__(self, inputs: int, outputs: int, variant: int) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
 """Networks drawn from a grammar: whatever is cut equals what is masked, in torch and in ONNX Runtime.
 
-The mask is found without what discovery says of who reads what. A model runs on several copies of every sample, side by
-side; in all but the first, the layers that make the channels that go make something else: more, less, noise. A layer
-that mixes channels is shown zeros wherever the copies differ. If they agree at the outputs, nothing else has read what
-goes; and the cut model must do the same, in double precision, where no error hides in rounding.
+The mask is found without what discovery says of who reads what. The layers that make the channels that go make NaN
+there, and NaN goes wherever anything looks at it: a layer that mixes channels is shown zeros in the channels that have
+any. If none is left in the outputs, nothing else has read what goes; and the cut model must do the same, in double
+precision, where no error hides in rounding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import onnxruntime
 import pytest
 import torch
 from grammar import Sentence, Word, sentences
-from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from networks import assert_untouched, snapshot
 from torch import Tensor, nn
@@ -36,7 +36,6 @@ from autoprune.nest import tensors_of
 from autoprune.runtimes.onnxruntime import export
 
 torch.set_num_threads(1)
-COPIES = 4
 MIXING = (*CONVOLUTIONS, nn.Linear, nn.ConvTranspose1d, nn.ConvTranspose2d)
 
 
@@ -91,21 +90,12 @@ def makers(groups: Collection[Group], decision: Decision) -> dict[str, list[int]
 
 
 @contextmanager
-def copies(model: nn.Module, groups: Collection[Group], decision: Decision) -> Iterator[None]:
-    """For the time of the block: what goes differs between the copies, and is zero where a mixing layer would see it.
+def blinded(model: nn.Module, groups: Collection[Group], decision: Decision) -> Iterator[None]:
+    """For the time of the block: what goes is NaN where it is made, and zero where a mixing layer would see it."""
 
-    More and less show through what saturates, noise through what a constant does not change.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def distort(positions: list[int]) -> Callable[[nn.Module, object, Tensor], Tensor]:
+    def spoil(positions: list[int]) -> Callable[[nn.Module, object, Tensor], Tensor]:
         def after(layer: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-            changed = output.movedim(channel_dim(layer), -1).clone()
-            _, more, less, noisy = changed.chunk(COPIES)
-            noise = 4 * torch.randn(noisy[..., positions].shape, generator=generator, dtype=noisy.dtype)
-            for part, added in ((more, 16), (less, -16), (noisy, noise)):
-                part[..., positions] += added
-            return changed.movedim(-1, channel_dim(layer))
+            return output.index_fill(channel_dim(layer), torch.tensor(positions, dtype=torch.int64), float("nan"))
 
         return after
 
@@ -113,13 +103,12 @@ def copies(model: nn.Module, groups: Collection[Group], decision: Decision) -> I
         if is_depthwise(layer):
             return inputs
         channels = inputs[0].movedim(channel_dim(layer), -1)
-        first, *others = (part.reshape(-1, channels.shape[-1]) for part in channels.chunk(COPIES))
-        same = torch.stack([torch.isclose(other, first, rtol=1e-9, atol=1e-9).all(0) for other in others]).all(0)
-        return ((channels * same).movedim(-1, channel_dim(layer)), *inputs[1:])
+        spoiled = channels.isnan().flatten(0, -2).any(0)
+        return (channels.masked_fill(spoiled, 0.0).movedim(-1, channel_dim(layer)), *inputs[1:])
 
     modules = dict(model.named_modules())
     told = makers(groups, decision)
-    handles = [modules[name].register_forward_hook(distort(positions)) for name, positions in told.items()
+    handles = [modules[name].register_forward_hook(spoil(positions)) for name, positions in told.items()
                if isinstance(modules[name], (*MIXING, nn.Embedding))]  # fmt: skip
     handles += [layer.register_forward_pre_hook(blind) for layer in modules.values() if isinstance(layer, MIXING)]
     try:
@@ -152,14 +141,13 @@ def assert_cut_equals_mask(model: nn.Module, anatomy: Anatomy, inputs: Tensor, d
     inputs = inputs.double() if inputs.is_floating_point() else inputs
     reference = silenced(doubled(model), decision.dropped)
     with torch.no_grad():
-        with copies(reference, anatomy.groups, decision):
-            outputs = tensors_of(reference(torch.cat([inputs] * COPIES)))
+        with blinded(reference, anatomy.groups, decision):
+            outputs = tensors_of(reference(inputs))
         found = tensors_of(cut(doubled(model), plan)(inputs))
     assert len(found) == len(outputs)
-    for got, output in zip(found, outputs, strict=True):
-        wanted, *others = output.chunk(COPIES)
+    for got, wanted in zip(found, outputs, strict=True):
+        assert not wanted.isnan().any(), "something else reads what goes"
         scale = float(wanted.abs().max().clamp_min(1e-3))
-        assert all(torch.allclose(other, wanted, rtol=0, atol=1e-8 * scale) for other in others), "something else reads it"
         assert got.shape == wanted.shape
         assert torch.allclose(got, wanted, rtol=0, atol=1e-8 * scale), float((got - wanted).abs().max()) / scale
     return cut(model, plan)
@@ -170,15 +158,15 @@ def assert_stitched_is_cut(model: nn.Module, anatomy: Anatomy, decision: Decisio
     bank = Bank({}, {root: {"drawn": order} for root, order in decision.orders.items()}, {}, {})
     options = decision.options()
     built = Stitcher(model, anatomy, bank, anchor=Anchor((), ())).build(options, recalibrate=False).model
-    timed = shape_only(model, anatomy, options)
+    timed = shape_only(model, anatomy, options).state_dict()
     state = smaller.state_dict()
-    assert {name: tuple(t.shape) for name, t in timed.state_dict().items()} == {n: tuple(t.shape) for n, t in state.items()}
-    assert built.state_dict().keys() == state.keys()
+    assert built.state_dict().keys() == timed.keys() == state.keys()
+    assert all(tensor.shape == state[name].shape for name, tensor in timed.items())
     assert all(torch.equal(tensor, state[name]) for name, tensor in built.state_dict().items())
 
 
 def assert_onnx_equals_torch(model: nn.Module, inputs: Tensor) -> None:
-    """All outputs of the exported graph, to 1e-5 of their scale."""
+    """All outputs of the exported graph, to 2e-5 of their scale."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(export(model, inputs), options, providers=["CPUExecutionProvider"])
@@ -188,7 +176,8 @@ def assert_onnx_equals_torch(model: nn.Module, inputs: Tensor) -> None:
     assert len(found) == len(wanted)
     for got, tensor in zip(found, wanted, strict=True):
         scale = float(tensor.abs().max().clamp_min(1e-3))
-        assert np.allclose(got, tensor.numpy(), rtol=0, atol=2e-5 * scale), float(np.abs(got - tensor.numpy()).max()) / scale
+        error = float(np.abs(got - tensor.numpy()).max()) / scale
+        assert error <= 2e-5
 
 
 def anatomy_of(model: nn.Module, inputs: Tensor) -> Anatomy | None:
@@ -283,6 +272,7 @@ def test_every_word_has_its_units_and_its_cut_is_exported(family: str, kind: str
     check(sentence, variant, onnx=True)
 
 
-@pytest.mark.parametrize(("head", "variant"), [(head, variant) for head in ("detect", "denoise") for variant in range(3)])
+@pytest.mark.parametrize("head", ["detect", "denoise"])
+@pytest.mark.parametrize("variant", range(3))
 def test_networks_of_several_outputs_and_of_images(head: str, variant: int) -> None:
     check(Sentence("image", (Word("plain"), Word("basic", 8, 1)), head, variant), variant, onnx=True)
