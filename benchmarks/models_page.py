@@ -78,7 +78,7 @@ def measured(entry: Entry, *, latency: bool) -> Row:
         row.failed = f"not here: {type(error).__name__}: {short(str(error))}"
         return row
     if not entry.trained:
-        _randomise_statistics(model)
+        _randomise(model)
     row.params = params(model)
     try:
         row.macs = macs_of(model, example[:1])
@@ -95,6 +95,9 @@ def _measure(row: Row, model: nn.Module, example: Tensor, *, latency: bool) -> N
     anatomy = discover(model, example)
     row.units = dict(Counter(unit.kind for unit in anatomy.units))
     row.refused = _reasons(anatomy)
+    if not anatomy.groups:
+        row.failed = f"blocks alone: {'; '.join(row.refused)}"
+        return
     space = resolve(anatomy.units, SPACE)
     costs = CostModel(anatomy.architecture, space)
     least = _narrowest(space)
@@ -128,9 +131,12 @@ def _measure(row: Row, model: nn.Module, example: Tensor, *, latency: bool) -> N
         row.onnx_failed = f"{type(error).__name__}: {short(str(error))}"
 
 
-def _randomise_statistics(model: nn.Module) -> None:
-    """Norms that do something, so that a wrong one shows."""
+def _randomise(model: nn.Module) -> None:
+    """Norms that do something, so that a wrong one shows, and learned scales that do not begin at nothing."""
     generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if 0 < float(parameter.abs().max()) <= 1e-4:
+            parameter.data.fill_(0.5)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
             module.running_mean.normal_(0, 0.1, generator=generator)

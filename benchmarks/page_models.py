@@ -140,7 +140,7 @@ TIMM: dict[str, tuple[str, int, dict[str, Any]]] = {
     "convnext_atto": ("ConvNeXt", 64, {}),
     "vit_tiny_patch16_224": ("ViT", 64, {"img_size": 64, "depth": 4}),
     "deit_tiny_distilled_patch16_224": ("DeiT", 64, {"img_size": 64, "depth": 4}),
-    "mixer_s32_224": ("MLP-Mixer", 64, {"img_size": 64, "num_blocks": 3}),
+    "mixer_s32_224": ("MLP-Mixer", 64, {"img_size": 64}),
     "cspresnet50": ("CSP", 64, {}),
 }
 

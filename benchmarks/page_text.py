@@ -42,7 +42,7 @@ class Row:
     seconds: float = 0.0
 
 
-def _short(text: str, most: int = 160) -> str:
+def short(text: str, most: int = 160) -> str:
     line = " ".join(text.split()).replace("|", "/")
     return line if len(line) <= most else f"{line[: most - 3]}..."
 

@@ -88,6 +88,7 @@ IMAGE_WORDS: Mapping[str, Callable[[int, int, int], Made]] = {
     "gated": lambda i, w, v: (words.Gated(i, w, v), w),
     "convnext": lambda i, w, _: (words.ConvNext(i, w), i),
     "scaled": lambda i, w, v: (words.Scaled(i, w, v), 2 * w if v % 4 == 3 else w),
+    "odd": lambda i, w, v: (words.Odd(i, w, v), w),
     "seen": lambda i, w, v: (words.Seen(i, w, v), w),
 }
 

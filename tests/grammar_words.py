@@ -322,6 +322,100 @@ class Seen(nn.Module):
         return x[:, [*range(1, x.shape[1]), 0]].relu()
 
 
+class Odd(nn.Module):
+    """What people write besides: bare and reparametrised weights, unfolded windows, lengths, uneven parts, and more."""
+
+    KINDS = ("weight norm", "multiplier", "circular", "unfold", "unit length", "bare", "einsum", "across", "every other",
+             "parts", "group means", "buffer", "masked", "batch statistics", "local response", "stacked", "gather",
+             "expanded", "film", "bilinear", "cumulative", "twice read")  # fmt: skip
+
+    def __init__(self, inputs: int, outputs: int, variant: int) -> None:
+        super().__init__()
+        self.kind = pick(variant, self.KINDS)
+        self.layer = nn.Conv2d(inputs, outputs, 3, padding=1, padding_mode="circular" if variant == 2 else "zeros")
+        if self.kind == "weight norm":
+            self.layer = nn.utils.parametrizations.weight_norm(self.layer)
+        wide = {"multiplier": 2 * outputs, "unfold": 9 * outputs, "every other": outputs // 2, "group means": outputs // 2,
+                "stacked": 2 * outputs, "film": outputs}.get(self.kind, outputs)  # fmt: skip
+        self.doubled = nn.Conv2d(outputs, 2 * outputs, 3, padding=1, groups=outputs)
+        self.weight = nn.Parameter(torch.randn(outputs, outputs, 1, 1) / 4)
+        self.bare = nn.Linear(outputs, outputs)
+        self.norm = nn.BatchNorm2d(outputs, track_running_stats=False)
+        self.both = nn.Bilinear(outputs, outputs, outputs)
+        self.register_buffer("factor", torch.linspace(0.5, 1.5, outputs)[:, None, None])
+        self.sizes = [outputs // 4, outputs - outputs // 4]
+        self.last = nn.Conv2d(wide, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(getattr(self, "_" + self.kind.replace(" ", "_"), self._plain)(self.layer(x)))
+
+    def _plain(self, x: Tensor) -> Tensor:
+        return x.relu()
+
+    def _multiplier(self, x: Tensor) -> Tensor:
+        return self.doubled(x).relu()
+
+    def _unfold(self, x: Tensor) -> Tensor:
+        return functional.unfold(x, 3, padding=1).unflatten(-1, x.shape[-2:])
+
+    def _unit_length(self, x: Tensor) -> Tensor:
+        return functional.normalize(x, dim=1)
+
+    def _bare(self, x: Tensor) -> Tensor:
+        return functional.conv2d(x, self.weight).relu()
+
+    def _einsum(self, x: Tensor) -> Tensor:
+        return torch.einsum("nchw,oc->nohw", x, self.weight[..., 0, 0])
+
+    def _across(self, x: Tensor) -> Tensor:
+        means = x.mean((2, 3))[:, None]  # (N, 1, C): efficient channel attention
+        return x * functional.avg_pool1d(means, 3, 1, 1).sigmoid()[:, 0, :, None, None]
+
+    def _every_other(self, x: Tensor) -> Tensor:
+        return x[:, ::2] * x[:, 1::2]
+
+    def _parts(self, x: Tensor) -> Tensor:
+        small, large = torch.split(x, self.sizes, 1)
+        return torch.cat((large.relu(), small.tanh()), 1)
+
+    def _group_means(self, x: Tensor) -> Tensor:
+        return x.view(len(x), -1, 2, *x.shape[2:]).mean(2)
+
+    def _buffer(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+    def _masked(self, x: Tensor) -> Tensor:
+        return torch.where(x > 0.2, x, 0.1 * x) * (x < 1)
+
+    def _batch_statistics(self, x: Tensor) -> Tensor:
+        return self.norm(x).relu()
+
+    def _local_response(self, x: Tensor) -> Tensor:
+        return functional.local_response_norm(x, 3)
+
+    def _stacked(self, x: Tensor) -> Tensor:
+        return torch.stack((x, x.relu()), 2).flatten(1, 2)
+
+    def _gather(self, x: Tensor) -> Tensor:
+        return x.gather(1, torch.zeros_like(x, dtype=torch.int64)) + x
+
+    def _expanded(self, x: Tensor) -> Tensor:
+        return x.amax((2, 3), keepdim=True).expand_as(x) - x
+
+    def _film(self, x: Tensor) -> Tensor:
+        return x * self.bare(x.mean((2, 3)))[:, :, None, None] + x
+
+    def _bilinear(self, x: Tensor) -> Tensor:
+        channels = x.permute(0, 2, 3, 1).contiguous()
+        return self.both(channels, channels).permute(0, 3, 1, 2)
+
+    def _cumulative(self, x: Tensor) -> Tensor:
+        return x.cumsum(1)
+
+    def _twice_read(self, x: Tensor) -> Tensor:
+        return x.relu() + x.flip(1)
+
+
 class Pooled(nn.Module):
     """Half the size, by a pool of any kind or a stride."""
 

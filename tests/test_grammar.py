@@ -34,6 +34,7 @@ from autoprune.model.discover import Anatomy, discover
 from autoprune.model.recalibrate import Anchor
 from autoprune.nest import tensors_of
 from autoprune.runtimes.onnxruntime import export
+from autoprune.subject import in_memory
 
 torch.set_num_threads(1)
 MIXING = (*CONVOLUTIONS, nn.Linear, nn.ConvTranspose1d, nn.ConvTranspose2d)
@@ -73,25 +74,26 @@ def decided(anatomy: Anatomy, seed: int, *, drops: bool = True) -> Decision:
 
 
 def channel_dim(layer: nn.Module) -> int:
-    return -1 if isinstance(layer, (nn.Linear, nn.Embedding)) else 1
+    return -1 if isinstance(layer, nn.Linear) else 1
 
 
 def makers(groups: Collection[Group], decision: Decision) -> dict[str, list[int]]:
-    """Layer (or embedding) -> the outputs that go."""
+    """Layer -> the outputs that go."""
     found: dict[str, list[int]] = {}
     for group in groups:
         removed = decision.orders[group.root][: group.width - decision.keep[group.root]]
-        sides = [(member.layer, member.positions) for member in group.on("out", "both")]
-        sides += [(slab.module, slab.positions) for slab in group.slabs if slab.parameter.endswith("weight")]
-        for layer, positions in sides:
-            if layer not in decision.gone:
-                found.setdefault(layer, []).extend(positions[removed].flatten().tolist())
+        for member in group.on("out", "both"):
+            if member.layer not in decision.gone:
+                found.setdefault(member.layer, []).extend(member.positions[removed].flatten().tolist())
     return found
 
 
 @contextmanager
 def blinded(model: nn.Module, groups: Collection[Group], decision: Decision) -> Iterator[None]:
-    """For the time of the block: what goes is NaN where it is made, and zero where a mixing layer would see it."""
+    """For the time of the block: what goes is NaN where it is made, and zero where a mixing layer would see it.
+
+    Parameters that are no layer's stay NaN.
+    """
 
     def spoil(positions: list[int]) -> Callable[[nn.Module, object, Tensor], Tensor]:
         def after(layer: nn.Module, _inputs: object, output: Tensor) -> Tensor:
@@ -106,10 +108,15 @@ def blinded(model: nn.Module, groups: Collection[Group], decision: Decision) -> 
         spoiled = channels.isnan().flatten(0, -2).any(0)
         return (channels.masked_fill(spoiled, 0.0).movedim(-1, channel_dim(layer)), *inputs[1:])
 
+    for group in groups:
+        removed = decision.orders[group.root][: group.width - decision.keep[group.root]]
+        for slab in group.slabs:
+            model.get_parameter(slab.parameter).data.index_fill_(
+                slab.dim, slab.positions[removed].flatten(), float("nan")
+            )
     modules = dict(model.named_modules())
     told = makers(groups, decision)
-    handles = [modules[name].register_forward_hook(spoil(positions)) for name, positions in told.items()
-               if isinstance(modules[name], (*MIXING, nn.Embedding))]  # fmt: skip
+    handles = [modules[name].register_forward_hook(spoil(positions)) for name, positions in told.items()]
     handles += [layer.register_forward_pre_hook(blind) for layer in modules.values() if isinstance(layer, MIXING)]
     try:
         yield
@@ -240,6 +247,30 @@ UNITS: Mapping[tuple[str, str], tuple[tuple[int, ...], ...]] = {
     ("image", "gated"): ((8,), (8,)),
     ("image", "convnext"): ((8,),),
     ("image", "scaled"): ((8,),) * 4,
+    ("image", "odd"): (
+        (),
+        (2, 8),
+        (8,),
+        (8,),
+        (8,),
+        (8, 8),
+        (8, 8),
+        (8,),
+        (4, 8),
+        (8,),
+        (4, 8),
+        (8,),
+        (8, 8),
+        (8, 8),
+        (8,),
+        (8, 8),
+        (8,),
+        (8, 8),
+        (8, 8),
+        (8,),
+        (8,),
+        (8,),
+    ),
     ("image", "seen"): ((), (), (), (8,), ()),
     ("signal", "plain"): ((8,), (8,), (8,), (2,)),
     ("signal", "temporal"): ((8, 8), (8,), (8, 8)),
@@ -270,6 +301,16 @@ def test_every_word_has_its_units_and_its_cut_is_exported(family: str, kind: str
     wanted = [*((8,) if family == "image" and kind != "convnext" else ()), *UNITS[family, kind][variant]]
     assert not Counter(wanted) - Counter(found), (wanted, found)
     check(sentence, variant, onnx=True)
+
+
+@pytest.mark.parametrize(("family", "kind", "variant"), [word for word in WORDS if word[0] == "image"])
+def test_a_layout_in_memory_changes_no_unit(family: str, kind: str, variant: int) -> None:
+    sentence = alone(family, kind, variant)
+    model, inputs = sentence.model(), sentence.example()
+    before = {group.root: group.width for group in discover(model, inputs, slabs=True, blocks=False).groups}
+    in_memory(model, torch.channels_last)
+    after = {group.root: group.width for group in discover(model, inputs, slabs=True, blocks=False).groups}
+    assert after == before
 
 
 @pytest.mark.parametrize("head", ["detect", "denoise"])
