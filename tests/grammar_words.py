@@ -325,9 +325,11 @@ class Seen(nn.Module):
 class Odd(nn.Module):
     """What people write besides: bare and reparametrised weights, unfolded windows, lengths, uneven parts, and more."""
 
-    KINDS = ("weight norm", "multiplier", "circular", "unfold", "unit length", "bare", "einsum", "across", "every other",
-             "parts", "group means", "buffer", "masked", "batch statistics", "local response", "stacked", "gather",
-             "expanded", "film", "bilinear", "cumulative", "twice read")  # fmt: skip
+    KINDS = (
+        "weight norm", "multiplier", "circular", "unfold", "unit length", "bare", "einsum", "across", "every other", "parts",
+        "group means", "buffer", "masked", "batch statistics", "local response", "stacked", "gather", "expanded", "film",
+        "bilinear", "cumulative", "twice read",
+    )  # fmt: skip
 
     def __init__(self, inputs: int, outputs: int, variant: int) -> None:
         super().__init__()
@@ -335,8 +337,7 @@ class Odd(nn.Module):
         self.layer = nn.Conv2d(inputs, outputs, 3, padding=1, padding_mode="circular" if variant == 2 else "zeros")
         if self.kind == "weight norm":
             self.layer = nn.utils.parametrizations.weight_norm(self.layer)
-        wide = {"multiplier": 2 * outputs, "unfold": 9 * outputs, "every other": outputs // 2, "group means": outputs // 2,
-                "stacked": 2 * outputs, "film": outputs}.get(self.kind, outputs)  # fmt: skip
+        times = {"multiplier": 2, "unfold": 9, "every other": 0.5, "group means": 0.5, "stacked": 2}.get(self.kind, 1)
         self.doubled = nn.Conv2d(outputs, 2 * outputs, 3, padding=1, groups=outputs)
         self.weight = nn.Parameter(torch.randn(outputs, outputs, 1, 1) / 4)
         self.bare = nn.Linear(outputs, outputs)
@@ -344,7 +345,7 @@ class Odd(nn.Module):
         self.both = nn.Bilinear(outputs, outputs, outputs)
         self.register_buffer("factor", torch.linspace(0.5, 1.5, outputs)[:, None, None])
         self.sizes = [outputs // 4, outputs - outputs // 4]
-        self.last = nn.Conv2d(wide, outputs, 1)
+        self.last = nn.Conv2d(int(times * outputs), outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(getattr(self, "_" + self.kind.replace(" ", "_"), self._plain)(self.layer(x)))
