@@ -1,11 +1,12 @@
 """The page of models: what of each is found, and whether its cut is right. Rows where they run, merged into one page.
 
     python benchmarks/models_page.py --folder PATH_OF_THE_DATA --rows text.json     # an environment with transformers
-    python benchmarks/models_page.py --merge text.json --write docs/models.md       # one with torchvision and timm
+    python benchmarks/models_page.py --rows vision.json                             # one with torchvision and timm
+    python benchmarks/models_page.py --write docs/models.md text.json vision.json   # the page, in any
 
-Every model of `page_models` has a row: of the environment that could run it, or with the reason why none could.
-`--only 'timm *'` takes the rows whose `source name` matches a glob; `--latency` also times the cut model beside the
-dense one on ONNX Runtime.
+Without files, `--write` makes the page of what runs here. Every model of `page_models` has a row: of the first
+environment that could run it, or with the reason why none could. `--only 'timm *'` takes the rows whose `source name`
+matches a glob; `--latency` also times the cut model beside the dense one on ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import numpy as np
 import onnxruntime
 import torch
 from page_models import Entry, entries
-from page_text import MOST_ERROR, SHARE, Row, merged, page, short
+from page_text import MOST_ERROR, SHARE, Row, page, short
 from torch import Tensor, nn
 
 from autoprune.bank.build import Bank, CalibrationData, observe, rank
@@ -132,11 +133,13 @@ def _measure(row: Row, model: nn.Module, example: Tensor, *, latency: bool) -> N
 
 
 def _randomise(model: nn.Module) -> None:
-    """Norms that do something, so that a wrong one shows, and learned scales that do not begin at nothing."""
+    """Norms that do something, so that a wrong one shows; scales and weights that do not begin at nothing."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
-        if 0 < float(parameter.abs().max()) <= 1e-4:
+        if 0 < float(parameter.detach().abs().max()) <= 1e-4:
             parameter.data.fill_(0.5)
+        elif parameter.ndim > 1 and not parameter.detach().any():
+            parameter.data.normal_(0, 0.05, generator=generator)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
             module.running_mean.normal_(0, 0.1, generator=generator)
@@ -239,26 +242,31 @@ def environment() -> str:
     return ", ".join(found)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="folder with zoo.py, its weights and data")
-    parser.add_argument("--only", default="*", help="glob of `source name`")
-    parser.add_argument("--latency", action="store_true")
-    parser.add_argument("--merge", type=Path, nargs="*", default=[], help="rows of other environments")
-    parser.add_argument("--rows", type=Path, help="write this environment's rows here")
-    parser.add_argument("--write", type=Path, help="write the page here")
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
+def run(asked: argparse.Namespace) -> list[Row]:
+    """The rows of this environment, each printed as soon as it is there."""
     rows = []
     for entry in entries(asked.folder):
         if fnmatch.fnmatch(f"{entry.source} {entry.name}", asked.only):
             rows.append(measured(entry, latency=asked.latency))
             print(json.dumps(asdict(rows[-1])), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="*", help="rows that were written before, the first go first")
+    parser.add_argument("--folder", type=Path, help="folder with zoo.py, its weights and data")
+    parser.add_argument("--only", default="*", help="glob of `source name`")
+    parser.add_argument("--latency", action="store_true")
+    parser.add_argument("--rows", type=Path, help="write the rows here")
+    parser.add_argument("--write", type=Path, help="write the page here")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [Row(**row) for path in asked.files for row in json.loads(path.read_text())] or run(asked)
     if asked.rows:
         asked.rows.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     if asked.write:
-        others = [Row(**row) for path in asked.merge for row in json.loads(path.read_text())]
-        asked.write.write_text(page(merged(rows, others)))
+        asked.write.write_text(page(rows))
 
 
 if __name__ == "__main__":

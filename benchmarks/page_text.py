@@ -50,18 +50,19 @@ def short(text: str, most: int = 160) -> str:
 # ---- the page ------------------------------------------------------------------------------------------------------
 
 
-def merged(first: Sequence[Row], others: Sequence[Row]) -> list[Row]:
-    """One row a model: that of an environment that has what it needs, the first such."""
+def _merged(rows: Sequence[Row]) -> list[Row]:
+    """One row a model: the first of an environment that has what it needs."""
     known: dict[tuple[str, str], Row] = {}
-    for row in (*first, *others):
+    for row in rows:
         key = row.source, row.name
         if key not in known or known[key].failed.startswith("not here"):
             known[key] = row
     return list(known.values())
 
 
-def page(rows: Sequence[Row]) -> str:
-    """The page as Markdown."""
+def page(given: Sequence[Row]) -> str:
+    """The page as Markdown. Where several rows are of one model, the first that ran counts."""
+    rows = _merged(given)
     ran = [row for row in rows if not row.failed]
     exact = [row for row in ran if row.onnx_error is not None and row.onnx_error <= MOST_ERROR]
     made_with = "\n".join(sorted({f"* {row.environment}" for row in rows if not row.failed.startswith("not here")}))
@@ -72,7 +73,7 @@ Which models are pruned, what of them, and whether the cut is right. Written by 
 how; nothing on this page is typed in.
 
 {len(rows)} models: {len(ran)} cut, {reached} of them to half of their MACs or less; {len(exact)} of the cut models do
-the same in ONNX Runtime to {MOST_ERROR:g} of the largest output. Small configurations and images; random weights and
+the same in ONNX Runtime to {MOST_ERROR:.0e} of the largest output. Small configurations and images; random weights and
 batch norm statistics, unless marked `trained`. Hugging Face models are asked for their first output alone.
 
 ## What is found
@@ -98,8 +99,11 @@ dense model's on ONNX Runtime, where it was asked for. Seconds: the whole row, o
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: Collection[int]) -> str:
-    line = "|".join("---" if index in left else "---:" for index in range(len(head)))
-    return "\n".join([f"| {' | '.join(head)} |", f"|{line}|", *(f"| {' | '.join(row)} |" for row in rows)])
+    """Columns without any text are left out."""
+    used = [index for index in range(len(head)) if any(row[index] for row in rows)]
+    line = "|".join("---" if index in left else "---:" for index in used)
+    lines = ["| " + " | ".join(row[index] for index in used) + " |" for row in (head, *rows)]
+    return "\n".join([lines[0], f"|{line}|", *lines[1:]])
 
 
 def _found(row: Row) -> list[str]:

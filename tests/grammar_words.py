@@ -326,9 +326,9 @@ class Odd(nn.Module):
     """What people write besides: bare and reparametrised weights, unfolded windows, lengths, uneven parts, and more."""
 
     KINDS = (
-        "weight norm", "multiplier", "circular", "unfold", "unit length", "bare", "einsum", "across", "every other", "parts",
-        "group means", "buffer", "masked", "batch statistics", "local response", "stacked", "gather", "expanded", "film",
-        "bilinear", "cumulative", "twice read",
+        "weight norm", "multiplier", "circular", "unfold", "unit length", "bare", "einsum", "across", "every other",
+        "parts", "group means", "buffer", "masked", "batch statistics", "local response", "stacked", "gather",
+        "expanded", "film", "bilinear", "cumulative", "twice read",
     )  # fmt: skip
 
     def __init__(self, inputs: int, outputs: int, variant: int) -> None:

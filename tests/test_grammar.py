@@ -25,14 +25,17 @@ from torch import Tensor, nn
 
 from autoprune.bank.build import Bank
 from autoprune.bank.stitch import Stitcher, shape_only
-from autoprune.core.unit import DROP, Option
+from autoprune.core.space import Space, UnitOptions
+from autoprune.core.unit import DROP, Option, keep_all
 from autoprune.errors import ModelError
 from autoprune.model.blocks import Block
 from autoprune.model.coupling import CONVOLUTIONS, Group, is_depthwise
 from autoprune.model.cut import cut, plan_cut
+from autoprune.model.describe import macs_of
 from autoprune.model.discover import Anatomy, discover
 from autoprune.model.recalibrate import Anchor
 from autoprune.nest import tensors_of
+from autoprune.profile.cost_model import CostModel
 from autoprune.runtimes.onnxruntime import export
 from autoprune.subject import in_memory
 
@@ -111,9 +114,8 @@ def blinded(model: nn.Module, groups: Collection[Group], decision: Decision) -> 
     for group in groups:
         removed = decision.orders[group.root][: group.width - decision.keep[group.root]]
         for slab in group.slabs:
-            model.get_parameter(slab.parameter).data.index_fill_(
-                slab.dim, slab.positions[removed].flatten(), float("nan")
-            )
+            gone = slab.positions[removed].flatten()
+            model.get_parameter(slab.parameter).data.index_fill_(slab.dim, gone, float("nan"))
     modules = dict(model.named_modules())
     told = makers(groups, decision)
     handles = [modules[name].register_forward_hook(spoil(positions)) for name, positions in told.items()]
@@ -172,6 +174,16 @@ def assert_stitched_is_cut(model: nn.Module, anatomy: Anatomy, decision: Decisio
     assert all(torch.equal(tensor, state[name]) for name, tensor in built.state_dict().items())
 
 
+def assert_macs_are_counted(anatomy: Anatomy, decision: Decision, smaller: nn.Module, inputs: Tensor) -> None:
+    """What the cost model says of the decision is what is counted on the cut model."""
+    changed = {unit.name: option for unit in anatomy.units if (option := decision.options().get(unit.name))
+               and option.keep < unit.width}  # fmt: skip
+    both = [dict.fromkeys((keep_all(unit), changed.get(unit.name, keep_all(unit)))) for unit in anatomy.units]
+    space = Space(tuple(UnitOptions(unit, tuple(options)) for unit, options in zip(anatomy.units, both, strict=True)))
+    predicted = CostModel(anatomy.architecture, space).cost("macs", space.choice_of(changed))
+    assert predicted == macs_of(smaller, inputs[:1])
+
+
 def assert_onnx_equals_torch(model: nn.Module, inputs: Tensor) -> None:
     """All outputs of the exported graph, to 2e-5 of their scale."""
     options = onnxruntime.SessionOptions()
@@ -206,6 +218,7 @@ def check(sentence: Sentence, seed: int, *, onnx: bool = False) -> None:
     decision = decided(anatomy, seed)
     smaller = assert_cut_equals_mask(model, anatomy, inputs, decision)
     assert_stitched_is_cut(model, anatomy, decision, smaller)
+    assert_macs_are_counted(anatomy, decision, smaller, inputs)
     if onnx:
         assert_onnx_equals_torch(smaller, inputs)
 
