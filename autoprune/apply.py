@@ -22,6 +22,7 @@ from autoprune.model.discover import Anatomy
 from autoprune.model.factor import factor_layer
 from autoprune.model.flow import norms_after
 from autoprune.model.integers import Arithmetic, compute_in_integers
+from autoprune.model.plain import Kinds
 from autoprune.packing.coding import Codes
 from autoprune.storage import Weights
 from autoprune.subject import Subject
@@ -40,6 +41,8 @@ class Applied:
     """Layers that are two now, with the channels between them."""
     arithmetic: Mapping[str, Arithmetic]
     """Layers that compute in integers."""
+    plain: Kinds
+    """Modules in whose places plain ones stand."""
 
     @property
     def scales(self) -> dict[str, Tensor]:
@@ -79,7 +82,7 @@ def apply(path: Path, subject: Subject) -> Applied:
         raise PolicyError(f"{path}: its side file {policy.weights} does not fit the cut model: {error}") from None
     halves = tuple(name for name, decision in policy.units.items() if decision.bits == 16 and name in state)
     weights = Weights(_quantised(path, policy, state, tensors), halves)
-    return Applied(policy, model, plan, weights, ranks, arithmetic)
+    return Applied(policy, model, plan, weights, ranks, arithmetic, subject.plain)
 
 
 def _arithmetic(

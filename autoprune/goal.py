@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,10 +51,10 @@ def resolve_limits(costs: CostModel, budget: Budget) -> dict[Metric, float]:
         wanted = limits[limit.metric]
         reach = f"reachable: {shown(limit.metric, least)} to {shown(limit.metric, dense)} (the dense model)"
         if wanted < least:
-            proposal = shown(limit.metric, min(dense, 1.05 * least)).replace(" ", "")
-            raise BudgetError(
-                f"budget {limit.text}: no policy is that cheap here; {reach}; try --budget {proposal} or 50%"
-            )
+            near = min(dense, 1.05 * least)
+            percent = f"{math.ceil(100 * near / dense)}%{'' if limit.metric == 'latency' else limit.metric}"
+            proposal = percent if limit.relative else shown(limit.metric, near).replace(" ", "")
+            raise BudgetError(f"budget {limit.text}: no policy is that cheap here; {reach}; try --budget {proposal}")
         if wanted >= dense:
             raise BudgetError(
                 f"budget {limit.text}: the dense model meets it already ({shown(limit.metric, dense)}); {reach}; "

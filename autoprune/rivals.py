@@ -69,5 +69,9 @@ def _magnitudes(bench: Workbench) -> dict[str, list[float]]:
             weight = modules[member.layer].weight
             assert isinstance(weight, torch.Tensor)
             total += weight.detach().double().flatten(1).square().sum(1)[member.positions].sum(1)
+        for slab in group.slabs:
+            if not slab.reads:
+                bare = bench.subject.model.get_parameter(slab.parameter).detach().double().movedim(slab.dim, 0)
+                total += bare.flatten(1).square().sum(1)[slab.positions].sum(1) if bare.ndim > 1 else 0
         scores[group.root] = total.sqrt().tolist()
     return scores

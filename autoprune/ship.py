@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 from safetensors.torch import save
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 from autoprune.apply import Applied
 from autoprune.errors import TargetError
 from autoprune.files import write_bytes, write_text
+from autoprune.model import plain_modules
 from autoprune.model.flow import norms_after
 from autoprune.progress import Progress
 from autoprune.runtimes.onnxruntime import checked
@@ -23,6 +26,7 @@ _SCRIPT = '''"""Rebuilds the pruned model from {factory!r} and {weights!r}. Need
     network = model()
 """
 
+import copy
 import importlib.util
 import sys
 from pathlib import Path
@@ -36,6 +40,8 @@ FACTORY = {factory!r}
 DROPPED = {dropped!r}  # block -> what stays of it
 SPLIT = {split!r}  # layer that is two now -> channels between them
 NUMBERS = {numbers!r}  # module -> integers that its forward reads, such as how many heads it has
+WIDTHS = ("num_features", "num_channels", "num_parameters")  # of norms and slopes
+PLAIN = {plain!r}  # module -> the kind of plain module that stands in for it, and how it is used
 ROUNDED = {rounded!r}  # layer that computes in 8-bit integers -> what hands its output on, scale and zero of both
 
 
@@ -50,6 +56,7 @@ class Dropped(nn.Module):
         return torch.relu(x) if self.rest == "relu" else x
 
 
+{plain_source}
 def dense_model():
     """The unpruned model, from your own factory."""
     source, _, name = FACTORY.partition(":")
@@ -77,29 +84,52 @@ def halves(layer, rank):
     return nn.Sequential(first, type(layer)(rank, layer.out_channels, 1, bias=biased))
 
 
-def fit(layer, name, state):
-    """Give one layer the shapes of the stored tensors."""
-    weight = state.get(f"{{name}}.weight", state.get(f"{{name}}.running_mean"))
-    if weight is None:
-        return
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+def fit(layer, name, state, made):
+    """Give one layer the shapes of the stored tensors. `made`: new parameters by old; shared ones stay so."""
+    before = f"{{name}}." if name else ""
+    weight = state.get(f"{{before}}weight", state.get(f"{{before}}running_mean"))
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and weight is not None:
         if layer.groups == layer.in_channels == layer.out_channels > 1:
             layer.groups = layer.in_channels = weight.shape[0]
         else:
             layer.in_channels = weight.shape[1] * layer.groups
         layer.out_channels = weight.shape[0]
-    elif isinstance(layer, nn.Linear):
+    elif isinstance(layer, nn.Linear) and weight is not None:
         layer.out_features, layer.in_features = weight.shape
-    elif isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
-        layer.num_features = weight.shape[0]
+    elif isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and weight is not None:
+        layer.normalized_shape = tuple(weight.shape)
+    elif isinstance(layer, nn.Embedding):
+        layer.embedding_dim = weight.shape[1]
+    for attribute in WIDTHS:
+        if weight is not None and isinstance(getattr(layer, attribute, None), int):
+            setattr(layer, attribute, weight.shape[0])
     for key, tensor in list(layer.named_parameters(recurse=False)):
-        stored = state[f"{{name}}.{{key}}"]
+        stored = state[before + key]
         if tensor.shape != stored.shape:
-            setattr(layer, key, nn.Parameter(torch.empty_like(stored)))
+            new, same = made.setdefault(tensor, (nn.Parameter(torch.empty_like(stored)), stored))
+            setattr(layer, key, new if torch.equal(same, stored) else nn.Parameter(torch.empty_like(stored)))
     for key, tensor in list(layer.named_buffers(recurse=False)):
-        stored = state[f"{{name}}.{{key}}"]
-        if tensor.shape != stored.shape:
+        stored = state.get(before + key)
+        if stored is not None and tensor.shape != stored.shape:
             setattr(layer, key, torch.empty_like(stored))
+    if isinstance(layer, nn.RNNBase):
+        layer.input_size, layer.hidden_size = layer.weight_ih_l0.shape[1], layer.weight_hh_l0.shape[1]
+
+
+def set_number(module, path, value):
+    """Write an integer of one module, also where it stands in something that modules share."""
+    name, _, key = path.partition(".")
+    if not key:
+        setattr(module, name, value)
+        return
+    held = copy.copy(getattr(module, name))
+    if isinstance(held, tuple):
+        held = (*held[: int(key)], value, *held[int(key) + 1 :])
+    elif isinstance(held, (list, dict)):
+        held[int(key) if isinstance(held, list) else key] = value
+    else:
+        setattr(held, key, value)
+    setattr(module, name, held)
 
 
 def nearest(values, scale, zero):
@@ -111,6 +141,8 @@ def model():
     """The pruned model in evaluation mode."""
     state = load_file(HERE / {weights!r})
     network = dense_model()
+    if PLAIN:
+        stand_in(network, PLAIN)
     for name, rest in DROPPED.items():
         parent, _, child = name.rpartition(".")
         setattr(network.get_submodule(parent), child, Dropped(rest))
@@ -119,9 +151,10 @@ def model():
         setattr(network.get_submodule(parent), child, halves(network.get_submodule(name), rank))
     for name, values in NUMBERS.items():
         for attribute, value in values.items():
-            setattr(network.get_submodule(name), attribute, value)
+            set_number(network.get_submodule(name), attribute, value)
+    made = {{}}
     for name, layer in network.named_modules():
-        fit(layer, name, state)
+        fit(layer, name, state, made)
     network.load_state_dict(state)
     for name, (tail, *grids) in ROUNDED.items():
         reads, makes = grids[:2], grids[2:]
@@ -163,7 +196,7 @@ def write_model(
     rounded = {layer: (each.tail, *each.numbers) for layer, each in applied.arithmetic.items()}
     write_text(script, _SCRIPT.format(
         factory=factory, weights=weights.name, dropped=dropped, split=dict(applied.ranks), rounded=rounded,
-        numbers=numbers,
+        numbers=numbers, plain=dict(applied.plain), plain_source=_source_of(plain_modules) if applied.plain else "",
     ))  # fmt: skip
     written["rebuild script"] = script
     own = source / factory.partition(":")[0]
@@ -182,6 +215,11 @@ def write_model(
         else:
             written[kind] = path
     return written
+
+
+def _source_of(module: ModuleType) -> str:
+    """The code of a module of ours that needs torch alone, without its docstring."""
+    return "\n" + inspect.getsource(module).split('"""\n\n', maxsplit=1)[1] + "\n"
 
 
 def _onnx(applied: Applied, example: Tensor) -> bytes:

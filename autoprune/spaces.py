@@ -91,6 +91,8 @@ class SpaceSpec(BaseModel):
     """Smallest share of a unit's channels that may stay."""
     channels: bool = True
     blocks: bool = True
+    hidden: bool = False
+    """Whether the width of a stream that norms scale (a transformer's hidden size) may be cut, too."""
     weights: tuple[WeightChoice, ...] = ()
     """What may be done to the weights inside layers."""
     dense_layers: tuple[str, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ def _onnx_storage(
 
 def _onnx_layer(known: OnnxBytes, layer: Layer) -> LayerBytes:
     if layer.form != "low_rank":
-        return LayerBytes(known.present[layer.name], known.per_output[layer.name])
+        return LayerBytes(known.present[layer.name], known.per_output[layer.name], known.copies[layer.name])
     name, _, part = layer.name.rpartition(".")
     return LayerBytes(known.present[name], known.per_output[name] if part == "1" else 0.0)  # the bias is the second's
 
@@ -154,17 +155,41 @@ def _packed_storage(
     inventory = packed_model(dict(stitcher.model.state_dict()), {}).inventory
     name_bytes = inventory.overhead_bytes / max(len(inventory.items), 1)
     held: dict[str, list[Item]] = defaultdict(list)
+    whole: dict[str, Item] = {}
     for item in inventory.items:
         held[item.name.rpartition(".")[0]].append(item)
-    layers = tuple(_packed_layer(held[layer.name], name_bytes) for layer in architecture.layers)
+        whole[item.name] = item
+    edited = {entry.unit.layers[0] for entry in weights}
+    layers = tuple(
+        _packed_tensor(whole.get(layer.name), name_bytes)
+        if layer.kind in ("product", "other")
+        else _packed_layer(held[layer.name], name_bytes, is_edited=layer.unit is not None or layer.name in edited)
+        for layer in architecture.layers
+    )
     rates = {entry.unit.name: _packed_rates(stitcher.model, entry, stitcher.editor) for entry in weights}
     return Storage(dense_bytes, layers, rates)
 
 
-def _packed_layer(items: Sequence[Item], name_bytes: float) -> LayerBytes:
-    """Vectors shrink with the layer's outputs; each tensor is named in the header."""
+def _packed_layer(items: Sequence[Item], name_bytes: float, *, is_edited: bool) -> LayerBytes:
+    """Vectors shrink with the layer's outputs; each tensor is named in the header. What weights take that some unit
+    edits is known by option.
+    """
     vectors = sum(item.stored_bytes / item.shape[0] for item in items if len(item.shape) == 1)
-    return LayerBytes(name_bytes * len(items) + sum(i.stored_bytes for i in items if not i.shape), vectors)
+    present = name_bytes * len(items) + sum(item.stored_bytes for item in items if not item.shape)
+    matrix = next((item for item in items if len(item.shape) > 1), None)
+    return LayerBytes(present, vectors, 1.0 if is_edited or matrix is None else _packing(matrix))
+
+
+def _packed_tensor(item: Item | None, name_bytes: float) -> LayerBytes:
+    """A parameter outside layers shrinks in proportion; a buffer stays or goes. A product stores nothing."""
+    if item is None:
+        return LayerBytes(0.0, 0.0)
+    return LayerBytes(name_bytes, 0.0, _packing(item))
+
+
+def _packing(item: Item) -> float:
+    """Stored bytes of a tensor over those of floats."""
+    return item.stored_bytes / (FLOAT_BYTES * max(math.prod(item.shape), 1))
 
 
 def _packed_rates(model: nn.Module, entry: UnitOptions, editor: Editor) -> tuple[Rate, ...]:

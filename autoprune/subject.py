@@ -16,6 +16,7 @@ from autoprune.model.describe import macs_of
 from autoprune.model.discover import Anatomy, discover
 from autoprune.model.fingerprint import structure_fingerprint, weights_fingerprint
 from autoprune.model.observe import largest_activation
+from autoprune.model.plain import Kinds, plain_copy
 from autoprune.progress import Progress
 from autoprune.spaces import SpaceSpec
 
@@ -54,6 +55,8 @@ class Samples:
     gradients: int
     recalibrate: int
     """Batch norms of every candidate."""
+    select: int
+    """Every candidate: those that it is compared with the dense model on."""
     probe: int
     """One unit changed alone; none for models so large that it would take minutes."""
     refit: int
@@ -74,6 +77,7 @@ class Samples:
             calibrate=within(256e9, 256, 2048),
             gradients=within(32e9, 32, 512),
             recalibrate=within(32e9, 64, 256),
+            select=within(400e9, 32, 2**31),
             probe=within(24e9, 24, 256) if macs <= 500e6 else 0,
             check=within(4e9, 10, 20),
             refit=within(64e9, 64, 512),
@@ -98,6 +102,8 @@ class Subject:
     """How activations lie in memory: channels last where the model takes that."""
     fingerprint: str
     structure: str
+    plain: Kinds
+    """Modules of the person's model in whose places plain ones stand here."""
 
 
 def subject_of(task: Task, progress: Progress) -> Subject:
@@ -105,6 +111,10 @@ def subject_of(task: Task, progress: Progress) -> Subject:
     progress.phase("discover")
     model = copy.deepcopy(task.model).eval()
     check_fits(model, task.data)
+    plain = plain_copy(model, task.data.validation_inputs[:2])
+    model = plain.model
+    for name in plain.refused:
+        progress.note(f"kept opaque: {name} (the model computes something else with a plain module in its place)")
     layout = _layout(model, task.data.validation_inputs[:1])
     in_memory(model, layout)
     parts = split(task.data)
@@ -118,6 +128,7 @@ def subject_of(task: Task, progress: Progress) -> Subject:
         blocks=task.spec.blocks,
         weights=bool(task.spec.weights),
         dense_layers=task.spec.dense_layers,
+        hidden=task.spec.hidden,
     )
     for refused in anatomy.refused:
         progress.note(f"kept whole: {refused.root} ({refused.reason})")
@@ -129,6 +140,7 @@ def subject_of(task: Task, progress: Progress) -> Subject:
     return Subject(
         task, model, anatomy, parts, example, Samples.of(macs_of(model, task.data.validation_inputs[:1])),
         max(1, min(MOST_BATCH, batch)), layout, weights_fingerprint(task.model), structure_fingerprint(task.model),
+        plain.kinds,
     )  # fmt: skip
 
 

@@ -96,8 +96,9 @@ def score(model: nn.Module, evaluator: Evaluator, part: Part, *, batch: int) -> 
 
 
 def size_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers: what a state dict of the model holds."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    """Bytes of all parameters and buffers that a state dict of the model holds, shared ones once."""
+    distinct = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
 
 
 def params(model: nn.Module) -> int:

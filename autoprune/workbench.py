@@ -78,8 +78,10 @@ def prepare(
     anchor = Anchor.of(model, batches_of(subject, task.data.calibration_inputs[: samples.recalibrate]))
     arithmetic = arithmetic_of(subject, space, folder, progress)
     stitcher = Stitcher(model, subject.anatomy, bank, anchor=anchor, arithmetic=arithmetic)
-    chosen_by = subject.parts.selection
-    selection = Selection.of(model, batches_of(subject, chosen_by.inputs), chosen_by.targets)
+    inputs, targets = (
+        tensor[: samples.select] for tensor in (subject.parts.selection.inputs, subject.parts.selection.targets)
+    )
+    selection = Selection.of(model, batches_of(subject, inputs), targets)
     space = _ranked_only(space, bank, stitcher, progress)
     architecture = with_forms(subject.anatomy.architecture, space, runtime(task.target.runtime).forms(task.target))
     files = _file_format(subject, bank.norms, progress)

@@ -294,7 +294,7 @@ class Scaled(nn.Module):
 
 
 class Prelu(nn.Sequential):
-    """A layer with parameters for each channel that cannot be cut."""
+    """A slope for each channel, outside of layers."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -470,7 +470,7 @@ REAL = {
     "plainnet": ((3, 32, 32), 10, 0),
     "mnist_cnn": ((1, 28, 28), 3, 0),
     "fsdd_dscnn": ((1, 32, 81), 5, 0),
-    "adult_mlp": (None, 3, 0),
+    "adult_mlp": (None, 11, 0),
     "resnet56": ((3, 32, 32), 28, 25),
     "shufflenetv2_x0_5": ((3, 32, 32), 20, 0),
     "digits_vit": (None, 7, 3),

@@ -252,10 +252,13 @@ def choice(anatomy: Anatomy, draw: random.Random) -> dict[str, Option]:
 
 
 def widths_of(model: nn.Module, anatomy: Anatomy) -> dict[str, tuple[int, int]]:
-    """The layers that are left, with their inputs and outputs."""
+    """The layers and parameters that are left, with their inputs and outputs."""
     sides = side_widths(model)
     named = [layer.name for layer in anatomy.architecture.layers if f"{layer.name}/out" in sides]
-    return {name: (sides.get(f"{name}/in", sides[f"{name}/out"]), sides[f"{name}/out"]) for name in named}
+    widths = {name: (sides.get(f"{name}/in", sides[f"{name}/out"]), sides[f"{name}/out"]) for name in named}
+    left = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    outside = {each.name: each.kernel for each in anatomy.architecture.layers if each.kind == "other"}
+    return widths | {name: (left[name] // area, 1) for name, area in outside.items() if name in left}
 
 
 @pytest.mark.parametrize("name", [*CASES, "tokens", "branches", "demo"])

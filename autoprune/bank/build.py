@@ -21,8 +21,9 @@ from autoprune.bank.views import input_matrix, unit_view
 from autoprune.core.space import Space
 from autoprune.core.unit import Option
 from autoprune.methods import method
-from autoprune.methods.base import Consumer, Method, Need, UnitView
+from autoprune.methods.base import Consumer, Method, Need, UnitView, order_by
 from autoprune.methods.compensate import least_squares, reconstruction_error
+from autoprune.methods.l2 import l2_scores
 from autoprune.model.cut import Kept
 from autoprune.model.discover import Anatomy
 from autoprune.progress import Progress
@@ -86,13 +87,26 @@ def rank(
     for index, group in enumerate(anatomy.groups):
         view = unit_view(group, model, statistics, norms=norms, needs=needs, targets=targets)
         generator = torch.Generator().manual_seed(seed * 104729 + index)
-        orders[group.root] = {
-            name: criterion.removal_order(_without_moments(view, criterion), generator)
-            for name, criterion in criteria.items()
-            if "moments" not in criterion.needs or all(c.moments is not None for c in view.consumers)
-        }
+        if not group.on("in"):
+            orders[group.root] = _unwatched(view, criteria, generator)
+        else:
+            orders[group.root] = {
+                name: criterion.removal_order(_without_moments(view, criterion), generator)
+                for name, criterion in criteria.items()
+                if "moments" not in criterion.needs or all(c.moments is not None for c in view.consumers)
+            }
         progress.step()
     return orders
+
+
+def _unwatched(view: UnitView, criteria: Mapping[str, Method], generator: torch.Generator) -> dict[str, Tensor]:
+    """Orders of a unit that bare parameters alone read (the inner width of a recurrent network): methods that need to
+    see the channels at work fall back to the order of `l2`.
+    """
+    return {
+        name: order_by(l2_scores(view)) if criterion.needs else criterion.removal_order(view, generator)
+        for name, criterion in criteria.items()
+    }
 
 
 def _without_moments(view: UnitView, criterion: Method) -> UnitView:
@@ -127,8 +141,9 @@ def local_harms(space: Space, bank: Bank, model: nn.Module, *, anatomy: Anatomy,
                 needs={"moments"},
                 targets=empty,
             )
-            fishers = [bank.statistics[c.name].output_fisher for c in view.consumers]
-            means = [_mean_square(bank.statistics[c.name]) for c in view.consumers]
+            seen = [bank.statistics.get(consumer.name) for consumer in view.consumers]
+            fishers = [None if each is None else each.output_fisher for each in seen]
+            means = [1.0 if each is None else _mean_square(each) for each in seen]
             for index, option in enumerate(entry.options[1:], start=1):
                 kept = bank.kept(entry.unit.name, option)
                 local[:, index] = _errors(view, fishers, option=option, kept=kept, fallback=means)
@@ -165,9 +180,11 @@ def _mean_square(statistics: LayerStatistics) -> float:
 
 
 def _errors(
-    view: UnitView, fishers: Sequence[Tensor], *, option: Option, kept: Tensor, fallback: Sequence[float]
+    view: UnitView, fishers: Sequence[Tensor | None], *, option: Option, kept: Tensor, fallback: Sequence[float]
 ) -> tuple[float, float]:
-    """Relative and Fisher-weighted squared error of all consumers when `kept` channels stay."""
+    """Relative and Fisher-weighted squared error of all consumers when `kept` channels stay. Where nothing is known of
+    a consumer's inputs and outputs, the relative error stands for both.
+    """
     relative = weighted = 0.0
     for consumer, fisher, mean_square in zip(view.consumers, fishers, fallback, strict=True):
         outputs, width, each = consumer.weight.shape
@@ -182,8 +199,9 @@ def _errors(
             new = matrix[:, columns] if plain else least_squares(matrix, consumer.moments, columns)
             error = reconstruction_error(matrix, consumer.moments, columns, new)
             energy = ((matrix @ consumer.moments) * matrix).sum(1)
-        relative += float((error * consumer.scale**2).sum() / (energy * consumer.scale**2).sum().clamp_min(1e-30))
-        weighted += float((error * fisher).sum())
+        share = float((error * consumer.scale**2).sum() / (energy * consumer.scale**2).sum().clamp_min(1e-30))
+        relative += share
+        weighted += share if fisher is None else float((error * fisher).sum())
     return max(relative, 0.0), max(weighted, 0.0)
 
 

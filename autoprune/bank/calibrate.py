@@ -22,7 +22,7 @@ from autoprune.nest import first_tensor
 from autoprune.progress import Progress
 
 _GRADIENT_BATCH = 32
-"""Samples in one backward pass, which keeps all activations."""
+"""Samples in one backward pass at most, which keeps all activations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +197,9 @@ def _gradients(
     hooks = {name: (lambda x, y, name=name: hold(name, x, y)) for name in layers}
     # Tokens have no gradient: what is looked up for them begins the graph.
     tokens = {name: _begin_graph for name, module in modules.items() if isinstance(module, nn.Embedding)}
-    few = torch.split(torch.cat(tuple(batches))[:limit], _GRADIENT_BATCH)
-    wanted_of = torch.split(torch.cat(tuple(targets))[:limit], _GRADIENT_BATCH)
+    together = min(_GRADIENT_BATCH, len(batches[0]))
+    few = torch.split(torch.cat(tuple(batches))[:limit], together)
+    wanted_of = torch.split(torch.cat(tuple(targets))[:limit], together)
     with _differentiable(model), watching(model, {**tokens, **hooks}):
         for batch, wanted in zip(few, wanted_of, strict=True):
             floating = batch.clone().requires_grad_() if batch.is_floating_point() else batch

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from autoprune.bank.calibrate import LayerStatistics
 from autoprune.methods.base import Activity, Consumer, Need, UnitView
-from autoprune.model.coupling import CONVOLUTIONS, NORMS, Group, Member, is_depthwise
+from autoprune.model.coupling import CONVOLUTIONS, NORMS, Group, Member, Slab, is_depthwise
 from autoprune.model.flow import norm_scale
 
 
@@ -46,32 +46,57 @@ def unit_view(
     """What methods with `needs` may see of one group. `norms` maps a layer to the norm that follows it."""
     modules = dict(model.named_modules())
     producers = [_rows(modules[m.layer], m) for m in group.on("out") if not is_depthwise(modules[m.layer])]
+    producers += [rows for slab in group.slabs if (rows := _slab_rows(model, slab)) is not None and not slab.reads]
     scales = [_gammas(modules[m.layer], m) for m in group.on("norm")]
     consumers = [
         consumer_view(m, model, statistics[m.layer], norm=norms.get(m.layer), moments="moments" in needs)
         for m in group.on("in")
     ]
+    if not consumers:  # read by bare parameters alone, whose inputs nobody watches
+        consumers = [_slab_consumer(model, slab) for slab in group.slabs if slab.reads]
+    taylor = sum((statistics[m.layer].taylor[m.positions].sum(1) for m in group.on("in")), torch.zeros(group.width))
+    return UnitView(
+        name=group.root,
+        width=group.width,
+        producers=tuple(rows for rows in producers if rows.shape[1]),
+        norm_scales=tuple(scale for scale in scales if scale is not None),
+        consumers=tuple(consumers),
+        activity=_activity(group, statistics, targets) if "activity" in needs and group.on("in") else None,
+        taylor=taylor.double() if "gradients" in needs and group.on("in") else None,
+    )
+
+
+def _activity(group: Group, statistics: Mapping[str, LayerStatistics], targets: Tensor) -> Activity:
+    """What the channels did, as the first layer that reads them saw it."""
     first = group.on("in")[0]
     seen = statistics[first.layer]
     places = first.positions
     each = len(seen.diagonal) // len(seen.mean_abs)
-    activity = Activity(
+    return Activity(
         mean_abs=seen.mean_abs[places].mean(1),
         mean_square=seen.diagonal.view(-1, each)[places].mean((1, 2)),
         zero_share=seen.zero_share[places].mean(1),
         per_sample=seen.per_sample[:, places].mean(2).double(),
         targets=targets,
     )
-    taylor = sum((statistics[m.layer].taylor[m.positions].sum(1) for m in group.on("in")), torch.zeros(group.width))
-    return UnitView(
-        name=group.root,
-        width=group.width,
-        producers=tuple(producers),
-        norm_scales=tuple(scale for scale in scales if scale is not None),
-        consumers=tuple(consumers),
-        activity=activity if "activity" in needs else None,
-        taylor=taylor.double() if "gradients" in needs else None,
-    )
+
+
+def _by_position(model: nn.Module, slab: Slab) -> Tensor:
+    """A parameter as (positions of the slab's dimension, the rest), float64."""
+    return model.get_parameter(slab.parameter).detach().double().movedim(slab.dim, 0).flatten(1)
+
+
+def _slab_rows(model: nn.Module, slab: Slab) -> Tensor | None:
+    """The weights of a bare parameter that make each channel, (width, fan-in * positions); none of a vector's."""
+    if model.get_parameter(slab.parameter).ndim == 1:
+        return None
+    return _by_position(model, slab)[slab.positions].flatten(1)
+
+
+def _slab_consumer(model: nn.Module, slab: Slab) -> Consumer:
+    """A bare parameter that reads the channels; nothing is known of its inputs."""
+    weight = _by_position(model, slab)[slab.positions].permute(2, 0, 1)  # (outputs, width, columns)
+    return Consumer(slab.parameter, weight, None, torch.ones(len(weight), dtype=torch.float64))
 
 
 def consumer_view(

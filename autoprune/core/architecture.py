@@ -7,7 +7,9 @@ from typing import Literal
 
 from autoprune.core.unit import Form
 
-LayerKind = Literal["conv", "depthwise", "linear", "norm", "other"]
+LayerKind = Literal["conv", "depthwise", "linear", "norm", "product", "other"]
+"""`product` is a product of no such layer (attention, bare parameters): it has MACs and no parameters. `other` is one
+parameter or buffer outside layers: it has no MACs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +22,7 @@ class Width:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer with parameters: what sets its cost.
+    """One layer, product or parameter: what sets its cost.
 
     MACs are `positions * kernel * inputs * outputs / groups` for one sample, where `positions` is the number of output
     positions and `kernel` the kernel's area; a depthwise layer has one input for each output. `weights` and `extra`
@@ -46,11 +48,15 @@ class Layer:
     block: str | None = None
     unit: str | None = None
     form: Form = "float"
+    owned: bool = True
+    """Whether its weights are parameters of its own: not where layers share them, or where they are computed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """All layers of a model in execution order, and the parameters and buffers that no unit can change."""
+    """All layers of a model in execution order, then products and parameters outside them, and the number of
+    parameters and bytes of buffers that no unit can change.
+    """
 
     layers: tuple[Layer, ...]
     other_params: int = 0

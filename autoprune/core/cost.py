@@ -16,6 +16,8 @@ class LayerBytes:
 
     present: float
     per_output: float
+    copies: float = 1.0
+    """How often its weights are in the file; less than 1 where they are compressed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,9 @@ from autoprune.errors import DataError, ModelError
 from autoprune.nest import has_samples
 
 DivergenceKind = Literal["kl", "mse"]
+MOST_EXACT = 2**16
+"""Outputs of a sample up to which differences are taken in float64; of more (the logits of a language model) in
+float32, which is three times as fast and summed in float64 all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,8 @@ class Head:
         """
         dense = self.dense[start : start + (len(outputs) if outputs.ndim else 1)]
         _check_same_shape(dense, outputs, kind="mse" if self.class_dim is None else "kl")
-        one, other, dim = dense.to(torch.float64), outputs.to(torch.float64), self.class_dim
+        exact = torch.float64 if outputs.numel() <= MOST_EXACT * len(dense) else torch.float32
+        one, other, dim = dense.to(exact), outputs.to(exact), self.class_dim
         values = _squares(one, other) / self.energy if dim is None else _kl(one, other, dim)
         return values.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
@@ -136,13 +140,13 @@ def _kl(dense: Tensor, candidate: Tensor, dim: int) -> Tensor:
     p = log_p.exp()
     # A class of probability zero adds nothing, even where its logit is -inf.
     terms = torch.where(p == 0.0, torch.zeros_like(p), p * (log_p - log_q))
-    totals = terms.sum(dim=dim)
+    totals = terms.sum(dim=dim, dtype=torch.float64)
     return totals.reshape(len(totals), -1).mean(dim=1).clamp(min=0.0)
 
 
 def _squares(dense: Tensor, candidate: Tensor) -> Tensor:
     """(samples, ...) -> (samples,)."""
-    return (dense - candidate).square().reshape(len(dense), -1).sum(dim=1)
+    return (dense - candidate).square().reshape(len(dense), -1).sum(dim=1, dtype=torch.float64)
 
 
 def _energy(dense: Tensor) -> float:

@@ -161,7 +161,9 @@ class Axes:
                     yield from self._walk(bound)
 
     def _any_pin(self, expr: Expr, otherwise: str) -> str:
-        return next((self._pins[leaf] for leaf in sorted(self.leaves(expr))), otherwise)
+        """The reason of the widest axis, which says most."""
+        leaves = sorted(self.leaves(expr), key=lambda leaf: (-self.width(leaf), leaf))
+        return next((self._pins[leaf] for leaf in leaves), otherwise)
 
     def _as_term(self, expr: Expr) -> Term:
         """A sum as one factor of a product: an axis that is bound to it."""

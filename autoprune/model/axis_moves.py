@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from autoprune.model.axes import ONE
-from autoprune.model.axis_op import SPACE, Dims, Op
+from autoprune.model.axis_op import NORMALISED, PARTS, SPACE, Dims, Op
 
 
 def broadcast(op: Op) -> Dims:
@@ -137,7 +137,7 @@ def split(op: Op) -> list[Dims]:
     reason = op.why("splits it where something else does not")
     if "split_sizes" not in op.args and len(set(sizes)) == 1:
         count, part = op.axes.split(dims[place], (len(sizes), sizes[0]), reason=reason)
-        op.axes.pin(count, op.why("splits it in a fixed number of parts"))
+        op.axes.pin(count, op.why(PARTS))
         parts = [part] * len(sizes)
     else:
         parts = op.axes.pieces(dims[place], sizes, reason=reason)
@@ -209,7 +209,7 @@ def reduce(op: Op) -> list[Dims]:
     places = {place % len(dims) for place in places}
     for place in places:
         if op.in_norm:
-            op.axes.mark(dims[place], f"normalised by {op.module}")
+            op.axes.mark(dims[place], NORMALISED + op.module)
         else:
             op.axes.pin(dims[place], op.why("reduces over it"))
     keeps = op.outputs[0].ndim == len(dims)

@@ -15,6 +15,8 @@ Rule = Callable[["Op"], "Dims | list[Dims]"]
 
 HEADS = "heads"
 HEAD_WIDTH = "the width of a head"
+NORMALISED = "normalised by "
+PARTS = "splits it in a fixed number of parts"
 SPACE = "it is a position in space or time, not a channel"
 
 
@@ -31,6 +33,7 @@ class Op:
     is_static: Callable[[Tensor], bool]
     module: str
     in_norm: bool
+    note_read: Callable[[Tensor, Expr], None]
 
     def dims(self, argument: str) -> Dims:
         """The dimensions of a tensor argument."""
@@ -46,6 +49,11 @@ class Op:
         for other in wide[1:]:
             self.axes.unify(wide[0], other, reason=self.why("sees it in parts that do not fit together"))
         return wide[0] if wide else ONE
+
+    def read(self, tensor: Tensor, expr: Expr) -> None:
+        """Say that a dimension of a tensor is multiplied and summed over: weights there read what it stands for."""
+        if self.is_static(tensor):
+            self.note_read(tensor, expr)
 
     def why(self, text: str) -> str:
         """A reason that names the operation and the module that ran it."""

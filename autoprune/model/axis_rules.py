@@ -13,7 +13,7 @@ from torch import Tensor
 
 from autoprune.model import axis_moves as moves
 from autoprune.model.axes import Expr
-from autoprune.model.axis_op import HEAD_WIDTH, HEADS, SPACE, Dims, Op, Rule
+from autoprune.model.axis_op import HEAD_WIDTH, HEADS, NORMALISED, SPACE, Dims, Op, Rule
 
 
 def matmul(op: Op) -> Dims:
@@ -24,6 +24,8 @@ def matmul(op: Op) -> Dims:
     left, right = (op.args[name] for name in names)
     a, b = op.dims_of(left), op.dims_of(right)
     over = op.same(a[-1], b[max(len(b) - 2, 0)])
+    op.read(left, over)
+    op.read(right, over)
     if not op.is_static(left) and not op.is_static(right):
         op.axes.pin(over, op.why("multiplies two activations over it (the width of a head)"))
     found = [*(op.same(x, y) for x, y in zip(a[:-2], b[:-2], strict=False)), a[-2], *(b[-1:] if len(b) > 1 else ())]
@@ -61,7 +63,7 @@ def convolution(op: Op) -> Dims:
     made, read = (1, 0) if op.args["transposed"] else (0, 1)
     out = weight[made]
     if groups == 1:
-        op.same(inputs[1], weight[read])
+        op.read(op.args["weight"], op.same(inputs[1], weight[read]))
     elif groups == op.axes.size(inputs[1]) == op.axes.size(weight[0]) and op.axes.size(weight[1]) == 1:
         out = op.same(inputs[1], weight[0])
     else:
@@ -92,7 +94,7 @@ def layer_norm(op: Op) -> Dims:
     for place in range(-count, 0):
         given = [op.dims(name)[place] for name in ("weight", "bias") if op.args.get(name) is not None]
         op.same(dims[place], *given)
-        op.axes.mark(dims[place], f"normalised by {op.module}")
+        op.axes.mark(dims[place], NORMALISED + op.module)
     return dims
 
 
@@ -103,7 +105,7 @@ def group_norm(op: Op) -> Dims:
     op.same(dims[1], *given)
     sizes = (groups, op.axes.size(dims[1]) // groups)
     _, inside = op.axes.split(dims[1], sizes, reason=op.why("splits it where something else does not"))
-    op.axes.mark(inside, f"normalised by {op.module}")
+    op.axes.mark(inside, NORMALISED + op.module)
     return dims
 
 
@@ -122,7 +124,7 @@ RULES: Mapping[str, Rule] = {
     **_each(moves.select, "select"),
     **_each(moves.unbind, "unbind"),
     **_each(moves.slice_, "slice"),
-    **_each(moves.split, "split split_with_sizes"),
+    **_each(moves.split, "split split_with_sizes unsafe_split unsafe_split_with_sizes"),
     **_each(moves.glu, "glu"),
     **_each(moves.cat, "cat"),
     **_each(moves.stack, "stack"),

@@ -19,13 +19,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from autoprune.model.axes import Axes
+from autoprune.model.axes import Axes, Expr
 from autoprune.model.axis_moves import broadcast
-from autoprune.model.axis_op import Dims, Op, Rule
+from autoprune.model.axis_op import NORMALISED, Dims, Op, Rule
 from autoprune.model.axis_rules import RULES
+from autoprune.model.products import Product, products_of
 
 STATISTICS = (nn.modules.batchnorm._BatchNorm,)
 """Modules whose buffers are cut with their parameters."""
+RECURRENT = (nn.RNNBase,)
+"""Modules that make tensors of the width that their parameters have, whatever that is."""
 
 
 @dataclass(slots=True)
@@ -38,6 +41,28 @@ class Traced:
     """How often each module ran, in the order in which they first ended."""
     shaped: list[tuple[str, Dims]] = field(default_factory=list)
     """For every reshape, split or expansion: the module that ran it, and what came of it."""
+    products: list[Product] = field(default_factory=list)
+    """Every product, in execution order."""
+    reads: list[tuple[frozenset[str], Expr]] = field(default_factory=list)
+    """For every product: the parameters on one side of it, and the dimension that it sums over."""
+
+    def read_by(self, parameter: str, dim: int) -> frozenset[int]:
+        """The axes whose channels a parameter multiplies and sums over along one of its dimensions: what it reads.
+
+        An axis that lies along two of them (the state of a recurrent layer) is read along the one that is summed over.
+        """
+        exprs = [expr for names, expr in self.reads if parameter in names]
+        summed = {self.axes.resolve(expr) for expr in exprs}
+        leaves = [self.axes.leaves(expr) for expr in self.dims[parameter]]
+        elsewhere = {axis for place, others in enumerate(leaves) if place != dim for axis in others}
+        is_summed = self.axes.resolve(self.dims[parameter][dim]) in summed
+        read = frozenset(axis for expr in exprs for axis in self.axes.leaves(expr)) & leaves[dim]
+        return frozenset(axis for axis in read if is_summed or axis not in elsewhere)
+
+    def normalised(self, axis: int) -> frozenset[str]:
+        """The modules that scale the channels of an axis by all of them."""
+        marks = self.axes.marks_of(axis)
+        return frozenset(note.removeprefix(NORMALISED) for note in marks if note.startswith(NORMALISED))
 
     def shapers(self, axis: int) -> tuple[str, ...]:
         """The modules that reshape an axis, in execution order."""
@@ -49,9 +74,12 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
     axes = Axes()
     traced = Traced(axes, {}, Counter())
     mode = _Watch(traced)
+    names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        mode.know(parameter, [axes.fresh(size) for size in parameter.shape], static=True)
-        traced.dims[name] = mode.dims_of(parameter)
+        names.setdefault(parameter, []).append(name)
+    for parameter, shared in names.items():
+        mode.know(parameter, [axes.fresh(size) for size in parameter.shape], static=True, origins=frozenset(shared))
+        traced.dims |= {name: mode.dims_of(parameter) for name in shared}
     for name, buffer in model.named_buffers(remove_duplicate=False):
         owner = model.get_submodule(name.rpartition(".")[0])
         pin = None if isinstance(owner, STATISTICS) else f"the buffer {name} is of its size"
@@ -74,10 +102,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.traced = traced
         self.stack: list[tuple[str, nn.Module]] = []
-        self._dims: Any = WeakTensorKeyDictionary()  # tensor -> (dims, static)
+        self._dims: Any = WeakTensorKeyDictionary()  # tensor -> (dims, static, parameters that it is made of)
 
-    def know(self, tensor: Tensor, dims: Dims, *, static: bool) -> None:
-        self._dims[tensor] = (dims, static)
+    def know(self, tensor: Tensor, dims: Dims, *, static: bool, origins: frozenset[str] = frozenset()) -> None:
+        self._dims[tensor] = (dims, static, origins)
 
     def dims_of(self, tensor: Tensor) -> Dims:
         """The dimensions of a tensor; of one that was never seen, fixed ones."""
@@ -90,6 +118,15 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def is_static(self, tensor: Tensor) -> bool:
         """Whether a tensor is made of parameters and constants alone."""
         return tensor not in self._dims or bool(self._dims[tensor][1])
+
+    def origins(self, tensor: Tensor) -> frozenset[str]:
+        """The parameters that a static tensor is made of."""
+        found: frozenset[str] = self._dims[tensor][2] if tensor in self._dims else frozenset()
+        return found
+
+    def note_read(self, tensor: Tensor, expr: Expr) -> None:
+        """Remember that a product sums over a dimension of `tensor`."""
+        self.traced.reads.append((self.origins(tensor), expr))
 
     @property
     def module(self) -> str:
@@ -108,11 +145,16 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func.overloadpacket.__name__
         plain = name[:-1] if name.endswith("_") and not name.endswith("__") else name
         in_norm = bool(self.stack) and "norm" in type(self.stack[-1][1]).__name__.lower()
-        op = Op(plain, self.traced.axes, args, tensors, outputs, self.dims_of, self.is_static, self.module, in_norm)
+        op = Op(
+            plain, self.traced.axes, args, tensors, outputs, self.dims_of, self.is_static, self.module, in_norm,
+            self.note_read,
+        )  # fmt: skip
         static = all(self.is_static(tensor) for tensor in tensors)
         found = self._found(op, pointwise=torch.Tag.pointwise in func.tags)
+        self.traced.products += products_of(op)
+        origins = frozenset(name for tensor in tensors for name in self.origins(tensor)) if static else frozenset()
         for tensor, dims in zip(outputs, found, strict=True):
-            self.know(tensor, dims, static=static)
+            self.know(tensor, dims, static=static, origins=origins)
         if plain in ("view", "_unsafe_view", "split", "split_with_sizes", "slice", "expand", "native_group_norm"):
             before = [expr for tensor in tensors for expr in self.dims_of(tensor)]
             self.traced.shaped.append((self.module, [*before, *(expr for dims in found for expr in dims)]))
@@ -128,7 +170,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for tensor in op.tensors:
                 for expr in self.dims_of(tensor):
                     op.axes.pin(expr, reason)
-            given = [[op.fixed(size, reason) for size in tensor.shape] for tensor in op.outputs]
+            is_own = not op.tensors and bool(self.stack) and isinstance(self.stack[-1][1], RECURRENT)
+            made = op.axes.fresh if is_own else (lambda size: op.fixed(size, reason))
+            given = [[made(size) for size in tensor.shape] for tensor in op.outputs]
         spare = [[op.fixed(size, op.why("makes it")) for size in t.shape] for t in op.outputs[len(given) :]]
         return [*given[: len(op.outputs)], *spare]
 
@@ -159,15 +203,17 @@ def _by_name(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and modules that run as written, for the time of the block."""
+    """Evaluation mode, and modules that run step by step as they are written, for the time of the block."""
     training = [module for module in model.modules() if module.training]
-    fused = torch.backends.mha.get_fastpath_enabled()
+    fused, fast = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
     try:
         for module in training:
             module.training = False
         torch.backends.mha.set_fastpath_enabled(False)
+        torch._C._set_mkldnn_enabled(False)
         yield
     finally:
+        torch._C._set_mkldnn_enabled(fast)
         torch.backends.mha.set_fastpath_enabled(fused)
         for module in training:
             module.training = True

@@ -6,7 +6,7 @@ stay. What it says is tested by the caller (`discover`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeGuard
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from autoprune.errors import ModelError
 from autoprune.model.axes import Axes, Expr
-from autoprune.model.axis_op import HEAD_WIDTH, HEADS
+from autoprune.model.axis_op import HEAD_WIDTH, HEADS, NORMALISED, PARTS
 from autoprune.model.axis_trace import Traced, trace
 
 Axis = Literal["out", "in", "both", "norm"]
@@ -43,6 +43,8 @@ class Slab:
     dim: int
     size: int
     positions: Tensor
+    reads: bool = False
+    """Whether the parameter multiplies the channels and sums over them there, as a layer does with its inputs."""
 
     @property
     def module(self) -> str:
@@ -56,6 +58,7 @@ class Number:
 
     module: str
     attribute: str
+    """Its name; with a dot, one step inside it: `config.heads`, `sizes.1`."""
     each: int
 
 
@@ -63,7 +66,8 @@ class Number:
 class Group:
     """Channels that can only go together. A channel of a grouped convolution is one from each of its groups.
 
-    `heads` says that the channels are attention heads: each has all positions of its width.
+    `heads` says that the channels are attention heads: each has all positions of its width. `norms` are the modules
+    that scale each channel by all of them: without some, the others are scaled by those that are left.
     """
 
     root: str
@@ -72,6 +76,12 @@ class Group:
     slabs: tuple[Slab, ...] = ()
     numbers: tuple[Number, ...] = ()
     heads: bool = False
+    norms: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers with members, and the modules that hold parameters with slabs."""
+        return tuple(dict.fromkeys((*(m.layer for m in self.members), *(s.module for s in self.slabs if s.module))))
 
     def on(self, *axes: Axis) -> tuple[Member, ...]:
         """The members on the given sides."""
@@ -116,15 +126,21 @@ class _Side:
     refusal: str | None = None
     parameter: tuple[str, int] | None = None
     """The parameter and its dimension, where the layer is none of those that have sides."""
+    reads: frozenset[int] = frozenset()
+    """The axes that such a parameter reads."""
+
+    def has_read(self, axis: int) -> bool:
+        """Whether the channels of an axis are inputs on this side."""
+        return axis in self.reads if self.parameter is not None else self.axis == "in"
 
 
 def coupled_groups(
-    model: nn.Module, example: Tensor, *, slabs: bool = False
+    model: nn.Module, example: Tensor, *, hidden: bool = False
 ) -> tuple[tuple[Candidate, ...], tuple[Refused, ...]]:
     """All groups of coupled channels of `model`, each named by its first layer in execution order.
 
-    `example` is a batch the model accepts. With `slabs`, also groups that reach parameters outside convolutions,
-    linear layers and batch norms; without, those are refused. Raises ModelError when the model cannot be run under
+    `example` is a batch the model accepts. With `hidden`, also those that a norm scales by all of
+    them, and weights that two layers share along one dimension. Raises ModelError when the model cannot be run under
     observation.
     """
     try:
@@ -135,7 +151,7 @@ def coupled_groups(
             "use `space: blocks` to search over blocks alone, or protect the part that fails by a glob"
         ) from error
     order = {name: place for place, name in enumerate(traced.runs)}
-    sides = sorted(_sides(model, traced, slabs=slabs), key=lambda side: order.get(side.layer, len(order)))
+    sides = sorted(_sides(model, traced, hidden=hidden), key=lambda side: order.get(side.layer, len(order)))
     by_axis: dict[int, list[_Side]] = {}
     for side in sides:
         for axis in sorted(traced.axes.leaves(side.expr)):
@@ -143,11 +159,11 @@ def coupled_groups(
     candidates: list[Candidate] = []
     refused: list[tuple[Refused, _Side, int]] = []
     for axis, touched in by_axis.items():
-        makers = [side for side in touched if side.axis in ("out", "both") and side.layer and side.layer in order]
-        if not makers or not any(side.parameter is None for side in touched):
+        makers = [side for side in touched if _makes(side, axis) and side.layer and side.layer in order]
+        if not makers or not any(side.parameter is None or side.has_read(axis) for side in touched):
             continue
-        reason = _refusal(axis, touched, traced)
-        entry = Refused(makers[0].layer, reason) if reason else _group(axis, makers[0], touched, traced.axes)
+        reason = _refusal(axis, touched, traced, norms=_norms(model, axis, touched, traced) if hidden else ())
+        entry = Refused(makers[0].layer, reason) if reason else _group(axis, makers[0], touched, traced)
         if isinstance(entry, Refused):
             refused.append((entry, makers[0], axis))
         else:
@@ -155,35 +171,76 @@ def coupled_groups(
     chosen, overlapping = _apart(candidates)
     chosen.sort(key=lambda candidate: order[candidate.group.root])
     told = _told([candidate.group for candidate in chosen], refused, traced.axes)
-    return tuple(chosen), (*told, *overlapping)
+    return tuple(chosen), (*told, *overlapping, *_computed(model, {layer for c in chosen for layer in c.group.layers}))
+
+
+def _computed(model: nn.Module, touched: Collection[str]) -> Iterator[Refused]:
+    """Layers that have no weight but compute one (spectral norm, and other parametrisations), where nothing is cut."""
+    for name, module in model.named_modules():
+        held = {key for key, _ in module.named_parameters(recurse=False)}
+        if (
+            isinstance(module, (*CONVOLUTIONS, nn.Linear))
+            and "weight" not in held
+            and not any(layer == name or layer.startswith(f"{name}.") for layer in touched)
+        ):
+            yield Refused(name, "its weight is computed in every forward pass from other parameters")
+
+
+def _makes(side: _Side, axis: int) -> bool:
+    return side.axis in ("out", "both") and not side.has_read(axis)
 
 
 def _told(groups: Sequence[Group], refused: Sequence[tuple[Refused, _Side, int]], axes: Axes) -> Iterator[Refused]:
-    """One refusal a layer, and none of what lies across a group: the heads' width where heads may go, say."""
+    """One refusal a layer, and none of what lies across a group: the heads' width where heads may go, say.
+
+    That three projections are made in one, which is why their number stays, says nothing of the channels of each.
+    """
     roots = {group.root for group in groups}
     taken = {(m.layer, m.axis, place) for g in groups for m in g.members for place in m.positions.flatten().tolist()}
+    first: dict[str, Refused] = {}
     for entry, side, axis in refused:
         places = (place for part in axes.places(side.expr)[0][axis] for place in part)
-        if entry.root not in roots and not any((side.layer, side.axis, place) in taken for place in places):
-            roots.add(entry.root)
-            yield entry
+        if entry.root in roots or any((side.layer, side.axis, place) in taken for place in places):
+            continue
+        if entry.root not in first or first[entry.root].reason.endswith(PARTS):
+            first[entry.root] = entry
+    return iter(first.values())
 
 
-def _sides(model: nn.Module, traced: Traced, *, slabs: bool) -> Iterator[_Side]:
+def _norms(model: nn.Module, axis: int, sides: Sequence[_Side], traced: Traced) -> tuple[str, ...]:
+    """The modules that normalise an axis and can do so over fewer channels: those that scale each by a weight of its
+    own, and by all the channels rather than by those of its group.
+    """
+    owned = {side.parameter[0] for side in sides if side.parameter is not None}
+    return tuple(
+        name for name in sorted(traced.normalised(axis))
+        if f"{name}.weight" in owned and not isinstance(model.get_submodule(name), (nn.GroupNorm, *NORMS))
+    )  # fmt: skip
+
+
+def _sides(model: nn.Module, traced: Traced, *, hidden: bool) -> Iterator[_Side]:
     """Every side of everything that has parameters, with its dimension."""
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
         own = {key: f"{name}.{key}" if name else key for key, _ in module.named_parameters(recurse=False)}
         refusal = None
-        for key in own:
+        for key, path in own.items():
             first = owners.setdefault(id(getattr(module, key)), name)
-            if first != name:
+            if first != name and not (hidden and _is_apart(traced, path)):
                 refusal = f"{first} and {name} share their weights"
+        if isinstance(module, nn.RNNBase) and module.proj_size > 0:
+            refusal = f"{name} projects its state (proj_size)"
         if traced.runs[name] > 1:
             refusal = f"{name} is run more than once in a forward pass"
-        if not slabs and own and not isinstance(module, CUTTABLE):
-            refusal = f"{name or 'the model itself'} ({type(module).__name__}) has parameters that cannot be cut"
+        elif isinstance(module, CUTTABLE) and not traced.runs[name]:
+            refusal = f"{name} is not run itself: something else uses its weights"
         yield from _sides_of(name, module, own, traced, refusal)
+
+
+def _is_apart(traced: Traced, parameter: str) -> bool:
+    """Whether no axis lies along two dimensions of a parameter."""
+    leaves = [traced.axes.leaves(expr) for expr in traced.dims[parameter]]
+    return len(frozenset[int]().union(*leaves)) == sum(map(len, leaves))
 
 
 def _sides_of(
@@ -205,30 +262,31 @@ def _sides_of(
         for path in own.values():
             made: Axis = "out" if len(traced.dims[path]) > 1 else "norm"
             for dim, expr in enumerate(traced.dims[path]):
-                yield _Side(name, made, expr, refusal=refusal, parameter=(path, dim))
+                yield _Side(name, made, expr, refusal=refusal, parameter=(path, dim), reads=traced.read_by(path, dim))
 
 
-def _refusal(axis: int, sides: Sequence[_Side], traced: Traced) -> str | None:
+def _refusal(axis: int, sides: Sequence[_Side], traced: Traced, *, norms: Collection[str]) -> str | None:
     """Why no index of an axis may go, if so."""
     pinned = traced.axes.pin_of(axis)
     if pinned is not None:
         return pinned
     if HEAD_WIDTH in traced.axes.marks_of(axis):
         return "it is the width of attention heads, not a number of them"
-    normalised = sorted(note for note in traced.axes.marks_of(axis) if note.startswith("normalised"))
+    normalised = sorted(traced.normalised(axis) - set(norms))
     if normalised:
         more = f" and {len(normalised) - 1} more" if len(normalised) > 1 else ""
-        return f"it is {normalised[0]}{more}: without a channel the others are scaled differently"
+        return f"it is {NORMALISED}{normalised[0]}{more}: without a channel the others are scaled differently"
     refusal = next((side.refusal for side in sides if side.refusal), None)
     if refusal is not None:
         return refusal
-    if not any(side.axis == "in" for side in sides):
+    if not any(side.has_read(axis) for side in sides):
         return "no layer reads its channels"
     return None
 
 
-def _group(axis: int, root: _Side, sides: Sequence[_Side], axes: Axes) -> Group | Refused:
+def _group(axis: int, root: _Side, sides: Sequence[_Side], traced: Traced) -> Group | Refused:
     """The group of an axis, or why its channels cannot be told apart."""
+    axes = traced.axes
     members: list[Member] = []
     slabs: list[Slab] = []
     for side in sides:
@@ -241,9 +299,9 @@ def _group(axis: int, root: _Side, sides: Sequence[_Side], axes: Axes) -> Group 
         if side.parameter is None:
             members.append(Member(side.layer, side.axis, positions))
         else:
-            slabs.append(Slab(*side.parameter, step, positions))
-    heads = HEADS in axes.marks_of(axis)
-    return Group(root.layer, axes.width(axis), tuple(members), tuple(slabs), heads=heads)
+            slabs.append(Slab(*side.parameter, step, positions, side.has_read(axis)))
+    heads, norms = HEADS in axes.marks_of(axis), tuple(sorted(traced.normalised(axis)))
+    return Group(root.layer, axes.width(axis), tuple(members), tuple(slabs), heads=heads, norms=norms)
 
 
 def _apart(candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Refused]]:

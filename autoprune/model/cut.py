@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from autoprune.model.blocks import Block, Dropped
 from autoprune.model.coupling import CONVOLUTIONS, NORMS, Group, is_depthwise
 
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
 
 @dataclass(frozen=True, slots=True)
 class Mended:
@@ -109,16 +111,52 @@ def cut(model: nn.Module, plan: CutPlan, mended: Mapping[str, Mended] | None = N
     """A smaller copy of `model`. `mended` gives new input-side weights of layers that stay."""
     smaller = copy.deepcopy(model)
     for (name, attribute), value in plan.numbers.items():
-        setattr(smaller.get_submodule(name), attribute, value)
+        set_number(smaller.get_submodule(name), attribute, value)
     for (parameter, dim), indices in plan.slabs.items():
         _narrow_parameter(smaller, parameter, dim, indices)
     for block in plan.dropped:
-        _replace(smaller, block.name, Dropped(block.rest))
+        replace_module(smaller, block.name, Dropped(block.rest))
     modules = dict(smaller.named_modules())
     new = mended or {}
     for name in dict.fromkeys((*plan.layers, *new)):
         _narrow(modules[name], plan.layers.get(name, Kept()), new.get(name))
+    _tie(model, smaller)
     return smaller
+
+
+def _tie(model: nn.Module, smaller: nn.Module) -> None:
+    """Parameters that are one in `model` are one again in our own copy, unless their numbers differ now."""
+    shared: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shared.setdefault(parameter, []).append(name)
+    left = dict(smaller.named_parameters(remove_duplicate=False))
+    for names in shared.values():
+        first, *others = [name for name in names if name in left] or [""]
+        for other in others:
+            if left[other] is not left[first] and torch.equal(left[other], left[first]):
+                owner, _, key = other.rpartition(".")
+                smaller.get_submodule(owner).register_parameter(key, left[first])
+
+
+def set_number(module: nn.Module, path: str, value: int) -> None:
+    """Write an integer that the forward pass of our own copy reads: an attribute, or one step inside it.
+
+    What holds it may be shared with other modules (a configuration is): this one gets a copy of its own.
+    """
+    name, _, key = path.partition(".")
+    if not key:
+        setattr(module, name, value)
+        return
+    held = copy.copy(getattr(module, name))
+    if isinstance(held, tuple):
+        held = (*held[: int(key)], value, *held[int(key) + 1 :])
+    elif isinstance(held, list):
+        held[int(key)] = value
+    elif isinstance(held, dict):
+        held[key] = value
+    else:
+        setattr(held, key, value)
+    setattr(module, name, held)
 
 
 def _narrow_parameter(model: nn.Module, path: str, dim: int, indices: Tensor) -> None:
@@ -135,9 +173,16 @@ def _narrow_parameter(model: nn.Module, path: str, dim: int, indices: Tensor) ->
         module.normalized_shape = tuple(smaller.shape)
     elif isinstance(module, nn.GroupNorm):
         module.num_channels = len(smaller)
+    elif isinstance(module, INSTANCE_NORMS):
+        module.num_features = len(smaller)
+    elif isinstance(module, nn.RNNBase):
+        read, own = module.get_parameter("weight_ih_l0"), module.get_parameter("weight_hh_l0")
+        module.input_size, module.hidden_size = read.shape[1], own.shape[1]
+        module._init_flat_weights()
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put another module in a place of our own copy."""
     parent, _, child = name.rpartition(".")
     model.get_submodule(parent).register_module(child, module)
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
+from onnx import numpy_helper
 from torch import Tensor, nn
 
 from autoprune.core.architecture import Layer
@@ -33,6 +36,8 @@ from autoprune.runtimes.onnxruntime import export
 
 FLOAT, HALF, SCALE = 4, 2, 4
 """Bytes of a number."""
+_WHOLE = ""
+"""The key of what is one tensor and no layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,8 @@ class OnnxBytes:
     present: Mapping[str, float]
     per_pair: Mapping[str, float]
     """Of the weight for each input times output; 0 for depthwise layers and norms."""
+    copies: Mapping[str, int]
+    """How often the weight, or the parameter outside layers, is in the file."""
     per_output: Mapping[str, float]
     """Of vectors (bias, a norm's), for each output."""
     kernel_per_output: Mapping[str, float]
@@ -101,22 +108,29 @@ def onnx_bytes(
 ) -> OnnxBytes:  # fmt: skip
     """Where the bytes of the file that `export_stored` makes of `model` go, for `layers`: all that a choice may change.
 
-    Raises TargetError where a layer's weight is not in the exported graph.
+    Parameters outside layers are there by their names; a file may hold them several times (a head that is tied to its
+    embedding is written transposed besides), or not as such at all (where they went into a constant). Raises
+    TargetError where a layer's weight is not in the exported graph.
     """
     own, _ = folded(model, norms)
     marks = _marked(own, layers)
     graph = export(own, example, dynamic_batch=dynamic_batch)
     proto = bare(graph)
     places = _places(graph, marks)
-    parts = _counted(proto, places, _owners(graph, own, layers, places))
+    stored = [layer for layer in layers if layer.kind != "product"]
+    parts = _counted(proto, places, _owners(graph, own, stored, places))
     found = {layer.name: parts.get(layer.name, _Parts()) for layer in layers}
-    matrix = {layer.name: float(FLOAT * found[layer.name].matrices * layer.kernel) for layer in layers}
+    copies = {layer.name: found[layer.name].matrices for layer in layers}
+    lost = [each for each in stored if each.kind == "other" and (each.inputs.terms or each.outputs.terms)]
+    copies |= {each.name: max(1, copies[each.name]) for each in lost}  # it is in some constant
+    matrix = {layer.name: float(FLOAT * copies[layer.name] * layer.kernel) for layer in layers}
     deep = {layer.name for layer in layers if layer.kind == "depthwise"}
     int4 = runs_int4() and with_int4(proto) is not None
     return OnnxBytes(
         constant=float(proto.ByteSize() - sum(part.present + part.numbers for part in found.values())),
         present={name: float(part.present) for name, part in found.items()},
         per_pair={each.name: 0.0 if each.name in deep else matrix[each.name] / each.groups for each in layers},
+        copies=copies,
         per_output={name: float(FLOAT * part.vectors) for name, part in found.items()},
         kernel_per_output={each.name: matrix[each.name] if each.name in deep else 0.0 for each in layers},
         integer_extra={name: float(part.integer_extra) for name, part in found.items()},
@@ -156,7 +170,8 @@ def _counted(
         if tensor.name in places:
             layer, key = places[tensor.name]
             index = sum(part.matrices for part in parts.values())
-            _add(parts[layer], tensor, index, vector=key != "weight" or len(tensor.dims) < 2)
+            is_matrix = key == _WHOLE or (key == "weight" and len(tensor.dims) > 1)
+            _add(parts[layer], tensor, index, vector=not is_matrix)
         elif alone is not None:  # of something that is not cut, but goes with its block
             parts[alone].present += _entry(tensor)
     return parts
@@ -195,18 +210,30 @@ def _marked(own: nn.Module, layers: Sequence[Layer]) -> dict[tuple[str, str], Te
     generator = torch.Generator().manual_seed(0)
     marks: dict[tuple[str, str], Tensor] = {}
     for layer in layers:
-        module = own.get_submodule(layer.name)
-        for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        for key, tensor in _tensors_of(own, layer):
             if tensor.is_floating_point():
                 tensor.data.uniform_(0.5, 1.5, generator=generator)  # a variance is positive
                 marks[layer.name, key] = tensor.data
     return marks
 
 
+def _tensors_of(own: nn.Module, layer: Layer) -> Iterator[tuple[str, Tensor]]:
+    """What a layer owns, by key."""
+    if layer.kind == "other":
+        yield from ((_WHOLE, tensor) for name, tensor in own.named_parameters() if name == layer.name)
+    elif layer.kind != "product":
+        module = own.get_submodule(layer.name)
+        for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if key != "weight" or layer.owned:
+                yield key, tensor
+
+
 def _places(graph: bytes, marks: Mapping[tuple[str, str], Tensor]) -> dict[str, tuple[str, str]]:
     """Initialiser -> the layer and key whose numbers it holds; one that two layers share is the first's."""
     names = {f"{layer}.{key}": (layer, key) for layer, key in marks}
-    found = find_weights(graph, {name: marks[pair].numpy() for name, pair in names.items()})
+    values = {name: marks[pair].numpy() for name, pair in names.items()}
+    found = find_weights(graph, values)
+    found |= _reshaped(graph, {name: values[name] for name, (_, key) in names.items() if key == _WHOLE})
     lost = [f"{n!r}: {LOST}" for n, (_, key) in names.items() if key == "weight" and not found[n]]
     if lost:
         raise TargetError(f"onnx: weights that are not in the exported graph:\n{listed(lost)}")
@@ -217,21 +244,64 @@ def _places(graph: bytes, marks: Mapping[tuple[str, str], Tensor]) -> dict[str, 
     return places
 
 
+def _reshaped(graph: bytes, values: Mapping[str, NDArray[Any]]) -> dict[str, tuple[str, ...]]:
+    """For each of `values` the initialisers that hold them in any shape: the slopes of channels as (channels, 1, 1)."""
+    by_size: dict[int, list[tuple[str, NDArray[Any]]]] = defaultdict(list)
+    for tensor in onnx.load_from_string(graph).graph.initializer if values else ():
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            array = numpy_helper.to_array(tensor)
+            by_size[array.size].append((tensor.name, array.reshape(-1)))
+    return {
+        name: tuple(dict.fromkeys(
+            initialiser
+            for laid in (array, array.T)
+            for initialiser, held in by_size.get(array.size, ()) if np.array_equal(held, laid.reshape(-1))
+        ))
+        for name, array in values.items()
+    }  # fmt: skip
+
+
 def _owners(
     graph: bytes, own: nn.Module, layers: Sequence[Layer], places: Mapping[str, tuple[str, str]]
 ) -> list[str | None]:
-    """For each node the layer without which it would not be there: its own, or the last one of its block."""
-    last = {layer.block: layer.name for layer in layers if layer.block is not None and layer.kind != "norm"}
+    """For each node the layer without which it would not be there: its own, or the last one of its block; of a node
+    that nothing names and no input reaches, that of what reads it.
+    """
+    running = [layer for layer in layers if layer.kind not in ("norm", "other")]
+    last: dict[str | None, str] = {layer.block: layer.name for layer in running if layer.block is not None}
     names = {layer.name for layer in layers}
     modules = {name for name, _ in own.named_modules()}
     owners: list[str | None] = []
-    for node in onnx.load_from_string(graph).graph.node:
+    proto = onnx.load_from_string(graph).graph
+    for node in proto.node:
         reads = next((places[name][0] for name in node.input if name in places), None)
         scope = _scope(node, modules)
         block = next((block for block in last if f"{scope}.".startswith(f"{block}.")), None)
-        rest = None if block is None else last[block]
+        rest = last.get(block)
         owners.append(reads or (scope if scope in names else rest))
-    return owners
+    block_of = {layer.name: layer.block for layer in layers}
+    return _with_constants(proto, owners, block_of=block_of, last=last)
+
+
+def _with_constants(
+    graph: onnx.GraphProto, owners: Sequence[str | None], *, block_of: Mapping[str, str | None],
+    last: Mapping[str | None, str],
+) -> list[str | None]:  # fmt: skip
+    """`owners` with those of constant nodes that are read within one block alone."""
+    found = list(owners)
+    changing = {value.name for value in graph.input}
+    readers: dict[str, set[str | None]] = defaultdict(set)
+    for node in graph.node:
+        if changing & set(node.input):
+            changing |= set(node.output)
+    for index in reversed(range(len(graph.node))):
+        node = graph.node[index]
+        if found[index] is None and not changing & set(node.output):
+            around = {reader and block_of[reader] for name in node.output for reader in readers[name]}
+            found[index] = last.get(around.pop()) if len(around) == 1 else None
+        for name in node.input:
+            readers[name].add(found[index])
+    return found
 
 
 def _scope(node: onnx.NodeProto, modules: Collection[str]) -> str:

@@ -75,16 +75,21 @@ def price_lists(architecture: Architecture, widths: WidthMap, table: LatencyTabl
     return lists
 
 
+def _each(layer: Layer) -> tuple[float, float]:
+    """Factors of a layer for each (input, output) pair and for each output."""
+    if layer.kind == "norm":
+        return 0.0, 0.0
+    return (0.0, float(layer.kernel)) if layer.kind == "depthwise" else (layer.kernel / layer.groups, 0.0)
+
+
 def _weights(layer: Layer) -> tuple[float, float]:
     """Weights of a layer for each (input, output) pair and for each output."""
-    if layer.kind in ("conv", "linear"):
-        return layer.kernel / layer.groups, 0.0
-    return 0.0, float(layer.kernel) if layer.kind == "depthwise" else 0.0
+    return _each(layer) if layer.owned and layer.kind != "product" else (0.0, 0.0)
 
 
 def _macs(layer: Layer) -> tuple[float, float, float]:
     """MACs of a layer whatever its width, for each (input, output) pair, and for each output."""
-    pair, output = _weights(layer)
+    pair, output = _each(layer) if layer.kind != "other" else (0.0, 0.0)
     return 0.0, layer.positions * pair, layer.positions * output
 
 
@@ -115,6 +120,7 @@ def _latency(layers: Sequence[Layer], widths: WidthMap, table: LatencyTable) -> 
 def file_prices(architecture: Architecture, storage: Storage) -> LayerCosts:
     """Bytes of a file but for what no choice changes."""
     weights = np.asarray([_weights(layer) for layer in architecture.layers]).reshape(-1, 2) * BYTES_PER_PARAMETER
+    weights *= np.asarray([each.copies for each in storage.layers]).reshape(-1, 1)
     outputs = np.asarray([each.per_output for each in storage.layers], dtype=np.float64)
     present = np.asarray([each.present for each in storage.layers], dtype=np.float64)
     return LayerCosts(0.0, 1, {"present": present, "macs": weights[:, 0], "out": weights[:, 1] + outputs})

@@ -27,7 +27,7 @@ class Seams:
         """Those of a model; none where no layer may compute in integers."""
         listed: dict[str, list[int]] = {}
         for index, layer in enumerate(architecture.layers):
-            if layer.kind not in ("norm", "other"):
+            if layer.kind not in ("norm", "product", "other"):
                 # Two layers of one rank share a place: their names are the layer's with a number.
                 name = layer.name.rpartition(".")[0] if layer.form == "low_rank" else layer.name
                 listed.setdefault(name, []).append(index)

@@ -11,6 +11,7 @@ Layer-wise reconstruction with accumulated error: arXiv:1707.06168, section 3.2.
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -149,11 +150,18 @@ def _within_memory(model: nn.Module, batches: Sequence[Tensor]) -> tuple[Tensor,
 
 
 def _sites(reference: Reference, plan: CutPlan, model: nn.Module, *, edited: Collection[str]) -> list[Site]:
-    """Layers to solve, in execution order: those with cut inputs or edits, and every branch added to a shortcut."""
+    """Layers to solve, in execution order: those with cut inputs or edits, and every branch added to a shortcut; none
+    that shares its weights.
+    """
     tails = {norm: layer for layer, norm in reference.norms.items()}
     modules = dict(model.named_modules())
     run = dict.fromkeys(call.name for call in calls(model, reference.batches[0][:2]))  # in execution order
-    layers = [name for name in run if is_solvable(modules[name], reference.settings.max_columns)]
+    shared = {id(parameter) for parameter, times in _uses(model).items() if times > 1}
+    layers = [
+        name
+        for name in run
+        if is_solvable(modules[name], reference.settings.max_columns) and id(modules[name].weight) not in shared
+    ]
     dropped = [block.name for block in plan.dropped]
     added = {tails.get(tail, tail): tail for tail in reference.links}
     sites = []
@@ -165,6 +173,11 @@ def _sites(reference: Reference, plan: CutPlan, model: nn.Module, *, edited: Col
         elif name in edited or (kept is not None and kept.inputs is not None):
             sites.append(Site(name, norm, norm or name, added=False))
     return sites
+
+
+def _uses(model: nn.Module) -> Counter[nn.Parameter]:
+    """How many names each parameter has: a solution for one would be written to all."""
+    return Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
 
 
 def _chosen(site: str, batch: int, positions: int, each: int) -> Tensor:
