@@ -12,6 +12,7 @@ matches a glob; `--latency` also times the cut model beside the dense one on ONN
 from __future__ import annotations
 
 import argparse
+import copy
 import fnmatch
 import json
 import platform
@@ -42,6 +43,7 @@ from autoprune.model.cut import cut, plan_cut
 from autoprune.model.describe import macs_of
 from autoprune.model.discover import Anatomy, discover
 from autoprune.model.flow import norms_after
+from autoprune.model.plain import plain_copy
 from autoprune.model.recalibrate import Anchor
 from autoprune.nest import first_tensor, tensors_of
 from autoprune.profile.clock import interleave
@@ -82,8 +84,9 @@ def measured(entry: Entry, *, latency: bool) -> Row:
         _randomise(model)
     row.params = params(model)
     try:
-        row.macs = macs_of(model, example[:1])
-        _measure(row, model.requires_grad_(True), example, latency=latency)
+        plain = plain_copy(model, example).model.requires_grad_(True)
+        row.macs = macs_of(plain, example[:1])
+        _measure(row, plain, example, latency=latency)
     except AutopruneError as error:
         row.failed = f"refused: {short(str(error))}"
     except Exception as error:  # noqa: BLE001 (a row says what went wrong; the others go on)
@@ -122,8 +125,8 @@ def _measure(row: Row, model: nn.Module, example: Tensor, *, latency: bool) -> N
         if _difference(found, dense) <= MOST_ERROR * scale:
             row.failed = "wrong: the cut changes nothing, so that nothing is compared"
         row.stitch_error = _difference(found, tensors_of(built(example))) / scale
-        with _masked(model, anatomy, kept):
-            row.mask_error = _difference(found, tensors_of(model(example))) / scale
+        with _masked(model, anatomy, kept) as masked:
+            row.mask_error = _difference(found, tensors_of(masked(example))) / scale
     try:
         row.onnx_error = _onnx_difference(smaller, example, found) / _scale(found)
         if latency:
@@ -168,14 +171,16 @@ def _narrowest(space: Space) -> Choice:
 
 
 @contextmanager
-def _masked(model: nn.Module, anatomy: Anatomy, kept: Mapping[str, Tensor]) -> Iterator[None]:
-    """For the time of the block, layers that read a unit see zeros in what goes."""
-    gone: dict[str, list[int]] = {}
+def _masked(model: nn.Module, anatomy: Anatomy, kept: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+    """A copy whose layers see zeros in what goes, and whose other parameters are zero where they would read it."""
+    copied, gone = copy.deepcopy(model), dict[str, list[int]]()
     for group in anatomy.groups:
         removed = torch.ones(group.width, dtype=torch.bool)
         removed[kept.get(group.root, torch.arange(group.width))] = False
         for member in group.on("in"):
             gone.setdefault(member.layer, []).extend(member.positions[removed].flatten().tolist())
+        for slab in (slab for slab in group.slabs if slab.reads):
+            copied.get_parameter(slab.parameter).data.index_fill_(slab.dim, slab.positions[removed].flatten(), 0.0)
 
     def blind(positions: list[int]) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
         def before(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -184,10 +189,10 @@ def _masked(model: nn.Module, anatomy: Anatomy, kept: Mapping[str, Tensor]) -> I
 
         return before
 
-    readers = {model.get_submodule(name): positions for name, positions in gone.items() if positions}
+    readers = {copied.get_submodule(name): positions for name, positions in gone.items() if positions}
     handles = [layer.register_forward_pre_hook(blind(positions)) for layer, positions in readers.items()]
     try:
-        yield
+        yield copied
     finally:
         for handle in handles:
             handle.remove()

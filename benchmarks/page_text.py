@@ -78,6 +78,7 @@ batch norm statistics, unless marked `trained`. Hugging Face models are asked fo
 
 ## What is found
 
+Opaque modules (torch's attention, stacked recurrent layers and the like) become plain ones first, as in every search.
 Units by kind; the share of the MACs that goes when every unit keeps its least and all blocks stay; what stays, and why,
 with how many groups. Inputs and outputs stay in every model and are not listed.
 
