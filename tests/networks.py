@@ -37,7 +37,7 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
 
     with torch.no_grad():
         for layer in model.modules():
-            if isinstance(layer, NORMS):
+            if isinstance(layer, NORMS) and layer.track_running_stats:
                 assert layer.running_mean is not None
                 assert layer.running_var is not None
                 layer.running_mean.copy_(uniform(layer.running_mean, -0.3, 0.3))

@@ -573,3 +573,36 @@ def test_the_trace_knows_every_parameter() -> None:
     traced = trace(model, torch.randn(2, *VECTORS))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert {name: tuple(traced.axes.size(e) for e in dims) for name, dims in traced.dims.items()} == shapes
+
+
+class Part(nn.Module):
+    """A partial convolution whose two widths are written down (FasterNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken, self.passed = 3, 9
+        self.inner = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, rest = torch.split(x, [self.taken, self.passed], 1)
+        return torch.cat((self.inner(first).relu(), rest), 1)
+
+
+def test_a_width_that_every_block_writes_down() -> None:
+    """More blocks than attributes that are tried one by one."""
+    model = randomised(
+        nn.Sequential(
+            nn.Conv2d(3, 12, 1), *(Part() for _ in range(8)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5)
+        )
+    )
+    group = discover(model, torch.randn(2, *IMAGE), blocks=False).group("0")
+    assert group.width == 9
+    assert {(number.module, number.attribute, number.each) for number in group.numbers} == {
+        (str(place), "passed", 1) for place in range(1, 9)
+    }
+
+
+def test_a_pool_to_one_position_in_another_layout_keeps_its_channels() -> None:
+    layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    model = randomised(nn.Sequential(*layers)).to(memory_format=torch.channels_last)
+    assert [group.width for group in discover(model, torch.randn(2, *IMAGE)).groups] == [8]

@@ -68,6 +68,17 @@ def squeeze(op: Op) -> Dims:
     return [ONE if size == 1 else wide.pop(0) for size in op.outputs[0].shape]
 
 
+def as_strided(op: Op) -> Dims:
+    """The same elements in the same order, laid out anew where a dimension is one: pools to one position do that."""
+    dims, shape, strides = op.dims("self"), op.args["size"], op.args["stride"]
+    sizes = [size for size in shape if size > 1]
+    dense = [math.prod(sizes[place + 1 :]) for place in range(len(sizes))]
+    steps = [stride for size, stride in zip(shape, strides, strict=True) if size > 1]
+    if steps != dense or [op.axes.size(expr) for expr in dims] != list(shape):
+        raise ValueError("another view of the elements than their own")
+    return dims
+
+
 def expand(op: Op) -> Dims:
     """A dimension that is repeated is a new axis."""
     shape, dims = op.outputs[0].shape, op.dims("self")

@@ -118,6 +118,7 @@ RULES: Mapping[str, Rule] = {
     **_each(moves.permute, "permute"),
     **_each(moves.transpose, "t transpose"),
     **_each(moves.squeeze, "squeeze unsqueeze"),
+    **_each(moves.as_strided, "as_strided"),
     **_each(moves.expand, "expand"),
     **_each(moves.repeat, "repeat"),
     **_each(moves.select, "select"),

@@ -21,13 +21,21 @@ MOST = 6
 
 
 def with_numbers(model: nn.Module, candidate: Candidate, is_sound: Callable[[Group], bool]) -> Group | None:
-    """The group with the attributes that its cut needs, the fewest that do; None when there are none that do."""
-    possible = list(_possible(model, candidate))[:MOST]
-    for count in range(len(possible) + 1):
-        for chosen in combinations(possible, count):
-            group = replace(candidate.group, numbers=chosen)
-            if is_sound(group):
-                return group
+    """The group with the attributes that its cut needs, the fewest that do; None when there are none that do.
+
+    What is called the same in many modules is tried as one first: a stream's width is written down in every block.
+    """
+    possible = list(_possible(model, candidate))
+    alike: dict[tuple[str, int], list[Number]] = {}
+    for number in possible:
+        alike.setdefault((number.attribute, number.each), []).append(number)
+    each = [[number] for number in possible]
+    for parts in (list(alike.values()), each) if len(alike) < len(each) else (each,):
+        for count in range(min(len(parts), MOST) + 1):
+            for chosen in combinations(parts[:MOST], count):
+                group = replace(candidate.group, numbers=tuple(number for part in chosen for number in part))
+                if is_sound(group):
+                    return group
     return None
 
 
