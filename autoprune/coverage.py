@@ -18,6 +18,7 @@ _ADVICE: Mapping[Spared, str] = {
     "model": "weights: --space compress, int8 or weights-nm",
     "protect": "take it out of protect",
     "only": "name it in only",
+    "hidden": "hidden: true in a space file",
     "space": "another --space: everything has all kinds",
 }
 _INSIDE = "its weights change inside"

@@ -26,6 +26,9 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CUTTABLE = (*CONVOLUTIONS, nn.Linear, *NORMS)
 
 
+_SCALED = f"it is {NORMALISED}"
+
+
 @dataclass(frozen=True, slots=True)
 class Member:
     """One side of one layer: `positions` (width, each) are the indices along that side that belong to each channel."""
@@ -88,8 +91,9 @@ class Group:
         return tuple(member for member in self.members if member.axis in axes)
 
 
-Spared = Literal["model", "protect", "only", "space"]
-"""Who says that a group must stay: the model's own operations, or a part of the search space."""
+Spared = Literal["model", "protect", "only", "space", "hidden"]
+"""Who says that a group must stay: the model's own operations, or a part of the search space (`hidden`: that streams
+which norms scale are left)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +177,8 @@ def coupled_groups(
         entry = Refused(makers[0].layer, reason) if reason else _group(axis, makers[0], touched, traced)
         if isinstance(entry, Refused):
             held = tuple(dict.fromkeys(side.layer for side in touched if side.layer))
-            refused.append((replace(entry, layers=held), makers[0], axis))
+            by: Spared = "hidden" if not hidden and entry.reason.startswith(_SCALED) else entry.by
+            refused.append((replace(entry, layers=held, by=by), makers[0], axis))
         else:
             candidates.append(Candidate(entry, traced.shapers(axis)))
     chosen, overlapping = _apart(candidates)
@@ -283,7 +288,7 @@ def _refusal(axis: int, sides: Sequence[_Side], traced: Traced, *, norms: Collec
     normalised = sorted(traced.normalised(axis) - set(norms))
     if normalised:
         more = f" and {len(normalised) - 1} more" if len(normalised) > 1 else ""
-        return f"it is {NORMALISED}{normalised[0]}{more}: without a channel the others are scaled differently"
+        return f"{_SCALED}{normalised[0]}{more}: without a channel the others are scaled differently"
     refusal = next((side.refusal for side in sides if side.refusal), None)
     if refusal is not None:
         return refusal
