@@ -60,6 +60,7 @@ SETTINGS = CalibrationSettings(patches=256, max_columns=256, gradient_samples=2)
 NAMES = (
     (r"^(\w+) in (the model itself|\S+) ", r"\1 "), (r"normalised by \S+( and \d+ more)?", "normalised"),
     (r"^(.+) \((\w+)\) has", r"\2 has"), (r"those of \S+", "those of another"), (r"^\S+ is run", "a layer is run"),
+    (r"^\S+ is not run itself", "a layer is not run itself"),
     (r"^\S+ and \S+ share", "layers share"), (r"^\S+ has its channels", "a layer has its channels"),
     (r"constant in (the model itself|\S+) is", "constant is"),
 )  # fmt: skip
