@@ -113,7 +113,7 @@ def _table(subject: Subject, space: Space, folder: Path, progress: Progress) -> 
     bench = _shapes(subject, space, folder, progress)
     table = measure_table(
         space, architecture, bench=bench, key=key, seed=task.seed, progress=progress,
-        check=subject.samples.check,
+        models=subject.samples.fit, check=subject.samples.check,
     )  # fmt: skip
     write_text(path, table.model_dump_json(indent=1))
     return table

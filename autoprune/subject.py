@@ -61,8 +61,10 @@ class Samples:
     """One unit changed alone; none for models so large that it would take minutes."""
     refit: int
     """Finalists, before one of them is chosen."""
+    fit: int
+    """Whole models that the latency table is fitted to; fewer of large ones, whose layers are mostly alike."""
     check: int
-    """Whole models that the latency table is checked on."""
+    """Whole models that it is checked on."""
     patches: int
     """Input columns of each layer, over all samples."""
 
@@ -79,7 +81,8 @@ class Samples:
             recalibrate=within(32e9, 64, 256),
             select=within(400e9, 32, 2**31),
             probe=within(24e9, 24, 256) if macs <= 500e6 else 0,
-            check=within(4e9, 10, 20),
+            fit=within(150e9, 20, 32),
+            check=within(40e9, 6, 20),
             refit=within(64e9, 64, 512),
             patches=within(4.1e12, 8192, 32768),
         )

@@ -74,7 +74,7 @@ class _Sums:
     count: int = 0
     mean: Tensor | float = 0.0
     diagonal: Tensor | float = 0.0
-    second: Tensor | float = 0.0
+    second: Tensor | None = None
     mean_abs: Tensor | float = 0.0
     zero_share: Tensor | float = 0.0
     per_sample: list[Tensor] = field(default_factory=list)
@@ -87,14 +87,18 @@ class _Sums:
         self.mean = self.mean + patches.double().sum(0)
         self.diagonal = self.diagonal + patches.square().double().sum(0)
         if self.blocks == 1:
-            self.second = self.second + (patches.T @ patches).double()
+            self._add(patches.T @ patches)
         elif self.blocks:
             each = patches.view(len(patches), self.blocks, -1).transpose(0, 1)  # (channels, patches, taps)
-            self.second = self.second + (each.mT @ each).double()
+            self._add(each.mT @ each)
         flat = channels_last(layer, inputs)  # (N, positions, inputs)
         self.mean_abs = self.mean_abs + flat.abs().mean(1).double().sum(0)
         self.zero_share = self.zero_share + (flat == 0).float().mean(1).double().sum(0)
         self.per_sample.append(flat.mean(1))
+
+    def _add(self, products: Tensor) -> None:
+        """In place: second moments are large."""
+        self.second = products.double() if self.second is None else self.second.add_(products)
 
 
 def channels_last(layer: nn.Module, inputs: Tensor) -> Tensor:
@@ -247,7 +251,7 @@ def _finished(sums: _Sums, taylor: Tensor, fisher: Tensor) -> LayerStatistics:
     return LayerStatistics(
         mean=mean,
         diagonal=diagonal,
-        second=torch.as_tensor(sums.second).div_(sums.count) if sums.blocks else None,
+        second=sums.second.div_(sums.count) if sums.second is not None else None,
         mean_abs=torch.as_tensor(sums.mean_abs) / samples,
         zero_share=torch.as_tensor(sums.zero_share) / samples,
         per_sample=torch.cat(sums.per_sample),

@@ -37,20 +37,22 @@ class Run:
 
 @dataclass(slots=True)
 class _Sums:
-    cross: Tensor | float = 0.0
+    cross: Tensor | None = None
     difference: Tensor | float = 0.0
     inputs: Tensor | float = 0.0
     count: int = 0
 
     def see(self, difference: Tensor, patches: Tensor) -> None:
-        self.cross = self.cross + (difference.T @ patches).double()
+        product = difference.T @ patches
+        self.cross = product.double() if self.cross is None else self.cross.add_(product)  # in place: it is large
         self.difference = self.difference + difference.double().sum(0)
         self.inputs = self.inputs + patches.double().sum(0)
         self.count += len(patches)
 
     def run(self, blocks: tuple[str, ...]) -> Run:
         shift, mean = torch.as_tensor(self.difference) / self.count, torch.as_tensor(self.inputs) / self.count
-        return Run(blocks, torch.as_tensor(self.cross) / self.count - torch.outer(shift, mean), shift)
+        assert self.cross is not None
+        return Run(blocks, self.cross / self.count - torch.outer(shift, mean), shift)
 
 
 def observe_runs(

@@ -87,6 +87,8 @@ def eliminate_(layers: Sequence[Layer], width: int, *, work: float = WORK) -> Te
 
 def added_errors(layer: Layer) -> Tensor:
     """The squared error (alive,) that removing each channel adds when all others make up for it."""
+    if layer.weight.shape[2] == 1:  # features: no need to factor numbers one by one
+        return layer.weight[:, :, 0].square().sum(0) / layer.inverse[:, 0, :, 0].diagonal()
     blocks = layer.inverse.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (alive, columns, columns)
     rows = layer.weight.permute(1, 2, 0)  # (alive, columns, outputs)
     half: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(blocks), rows, upper=False)

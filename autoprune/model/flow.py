@@ -26,7 +26,7 @@ def norms_after(model: nn.Module, example: Tensor) -> dict[str, str]:
             maker[id(call.output)] = call.name
         elif isinstance(module, NORMS) and id(call.inputs) in maker:
             follows[maker[id(call.inputs)]] = call.name
-    if _alone(model, example, follows):
+    if not follows or _alone(model, example, follows):
         return follows
     return {layer: norm for layer, norm in follows.items() if _alone(model, example, {layer: norm})}
 

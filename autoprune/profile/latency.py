@@ -28,10 +28,12 @@ from autoprune.runtimes.base import Runtime, Session
 
 MODELS = 32
 """Random whole models that a table is fitted to: 52 predict unseen ones hardly better (1.1 against 1.2 %)."""
-MODELS_WITH_FORMS = 56
-"""Where layers have several forms, or kernels of several sizes, there is more to tell apart."""
+WITH_FORMS = 1.75
+"""So many times as many where layers have several forms, or kernels of several sizes: there is more to tell apart."""
 CHUNK = 6
-"""Sessions alive at once, the dense one among them."""
+"""Sessions alive at once, the dense one among them; two at least, however large."""
+_CHUNK_BYTES = 1_500_000_000
+"""Weights of all sessions alive at once: what runtimes make of them takes about as much again."""
 _ROUNDS = 20
 _SECONDS_A_CHUNK, _SECONDS = 2.0, 10.0
 """Timing at most, of a chunk and of all: a slow model is timed less often."""
@@ -65,16 +67,17 @@ def measure_table(
     key: str,
     seed: int,
     progress: Progress,
+    models: int = MODELS,
     check: int = 20,
 ) -> LatencyTable:
-    """The latency table of `space` on the bench's target, fitted to random models and checked on `check` others.
+    """The latency table of `space` on the bench's target, fitted to `models` random ones and checked on `check` others.
 
     Tells `progress` the phase `profile` and one step a model. `key` is kept in the table. In a space with few choices
     fewer models are used, a quarter of them for the check. Raises TargetError when a model cannot be run.
     """
     widths = WidthMap.of(architecture, space)
     decided = any(layer.when for layer in architecture.layers)
-    fitted, checked = _draw(space, MODELS_WITH_FORMS if decided else MODELS, check, seed)
+    fitted, checked = _draw(space, round(WITH_FORMS * models) if decided else models, check, seed)
     measured = _measure([*fitted, *checked], space.dense, bench, progress, seed)
     timed = _timed(fitted, measured.shares[: len(fitted)], widths)
     none = TableCheck(models=0, median_error=0, worst_error=0)
@@ -151,16 +154,23 @@ def _measure(choices: Sequence[Choice], dense: Choice, bench: Bench, progress: P
     reference = _load(dense, bench)
     shares: list[float] = []
     dense_s: list[float] = []
-    starts = range(0, max(len(choices), 1), CHUNK - 1)
+    together = _together(bench.build(dense))
+    starts = range(0, max(len(choices), 1), together)
     each = min(_SECONDS_A_CHUNK, _SECONDS / len(starts))
     for start in starts:
-        chunk = choices[start : start + CHUNK - 1]
+        chunk = choices[start : start + together]
         sessions = [reference, *(_load(choice, bench) for choice in chunk)]
         first, *others = interleave(sessions, rounds=_ROUNDS, seconds_budget=each, seed=seed + start, now=bench.now)
         dense_s.append(first.median)
         shares.extend(timing.ratio for timing in others)
         progress.step(len(chunk))
     return _Measured(np.asarray(shares), float(np.median(dense_s)))
+
+
+def _together(model: nn.Module) -> int:
+    """How many models are timed together, beside the dense one."""
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return int(min(CHUNK, max(2, _CHUNK_BYTES // max(size, 1)))) - 1
 
 
 def _load(choice: Choice, bench: Bench) -> Session:
