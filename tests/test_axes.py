@@ -14,8 +14,8 @@ from networks import IMAGE, masked, randomised, snapshot
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autoprune.model.axes import ONE, Axes, Expr
-from autoprune.model.axis_trace import trace
+from autoprune.model.axes.expressions import ONE, Axes, Expr
+from autoprune.model.axes.trace import trace
 from autoprune.model.coupling import coupled_groups
 from autoprune.model.cut import cut, plan_cut
 from autoprune.model.discover import discover

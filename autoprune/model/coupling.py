@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.errors import ModelError
-from autoprune.model.axes import Axes, Expr
-from autoprune.model.axis_op import HEAD_WIDTH, HEADS, NORMALISED, PARTS
-from autoprune.model.axis_trace import Traced, trace
+from autoprune.model.axes.expressions import Axes, Expr
+from autoprune.model.axes.operation import HEAD_WIDTH, HEADS, NORMALISED, PARTS
+from autoprune.model.axes.trace import Traced, trace
 
 Axis = Literal["out", "in", "both", "norm"]
 """Which side of a layer: `out` its outputs, `in` its inputs, `both` a depthwise layer's, `norm` a norm's channels."""

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from autoprune.core.architecture import Architecture, Layer, LayerKind, Width
 from autoprune.errors import ModelError
-from autoprune.model.axis_trace import Traced, trace
+from autoprune.model.axes.products import Product
+from autoprune.model.axes.trace import Traced, trace
 from autoprune.model.blocks import Block, is_within
 from autoprune.model.coupling import CONVOLUTIONS, NORMS, Group, is_depthwise
 from autoprune.model.dimensions import Dimensions, two_sided, width_of
 from autoprune.model.observe import Call, calls
-from autoprune.model.products import Product
 
 Sides = Mapping[str, Sequence[tuple[str, int, int]]]
 """`layer/in` and `layer/out` -> (unit, positions a channel, unit width) of every unit on that side."""

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from autoprune.core.architecture import Width
-from autoprune.model.axes import Expr
-from autoprune.model.axis_trace import Traced
+from autoprune.model.axes.expressions import Expr
+from autoprune.model.axes.trace import Traced
 from autoprune.model.coupling import Group
 
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from autoprune.model import axis_moves as moves
-from autoprune.model.axes import Expr
-from autoprune.model.axis_op import HEAD_WIDTH, HEADS, NORMALISED, SPACE, Dims, Op, Rule
+from autoprune.model.axes import moves
+from autoprune.model.axes.expressions import Expr
+from autoprune.model.axes.operation import HEAD_WIDTH, HEADS, NORMALISED, SPACE, Dims, Op, Rule
 
 
 def matmul(op: Op) -> Dims:

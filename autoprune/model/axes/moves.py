@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from autoprune.model.axes import ONE
-from autoprune.model.axis_op import NORMALISED, PARTS, SPACE, Dims, Op
+from autoprune.model.axes.expressions import ONE
+from autoprune.model.axes.operation import NORMALISED, PARTS, SPACE, Dims, Op
 
 
 def broadcast(op: Op) -> Dims:

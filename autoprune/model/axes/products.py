@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from autoprune.model.axes import Expr
-from autoprune.model.axis_op import Op
+from autoprune.model.axes.expressions import Expr
+from autoprune.model.axes.operation import Op
 
 _OPERANDS = {
     "mm": ("self", "mat2"), "bmm": ("self", "mat2"), "mv": ("self", "vec"), "addmm": ("mat1", "mat2"),

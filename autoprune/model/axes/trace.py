@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from autoprune.model.axes import Axes, Expr
-from autoprune.model.axis_moves import broadcast
-from autoprune.model.axis_op import NORMALISED, Dims, Op, Rule
-from autoprune.model.axis_rules import RULES
-from autoprune.model.products import Product, products_of
+from autoprune.model.axes.expressions import Axes, Expr
+from autoprune.model.axes.moves import broadcast
+from autoprune.model.axes.operation import NORMALISED, Dims, Op, Rule
+from autoprune.model.axes.products import Product, products_of
+from autoprune.model.axes.rules import RULES
 
 STATISTICS = (nn.modules.batchnorm._BatchNorm,)
 """Modules whose buffers are cut with their parameters."""

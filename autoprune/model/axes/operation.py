@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from autoprune.model.axes import ONE, Axes, Expr
+from autoprune.model.axes.expressions import ONE, Axes, Expr
 
 Dims = list[Expr]
 Rule = Callable[["Op"], "Dims | list[Dims]"]
