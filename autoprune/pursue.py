@@ -43,6 +43,8 @@ from autoprune.workbench import Workbench
 ROUNDS = 3
 """How often the table is corrected and the search repeated when no finalist keeps the budget."""
 _MOST_MARGIN = 0.03
+_CLOSE = 0.95
+"""How near a prediction must be to the budget, and a measurement to the prediction, to be left as they are."""
 _AIM_ROUNDS = 20
 
 
@@ -71,6 +73,15 @@ def pursue(
     study = name or budget.text
     attempt = _attempt(bench, allowed, limits, plan, study=study, journal=journal, progress=progress)
     rounds = 1
+    if attempt.keeping and "latency" in limits and (off := _wasted(bench, attempt, allowed)) is not None:
+        progress.note(
+            f"latency is {off:.3f} x the prediction, which leaves some of the budget; predictions are corrected"
+        )
+        near = [(contender.choice, contender.timing.ratio) for contender in attempt.finalists]
+        corrected = _corrected(bench, near)
+        fewer = replace(plan, trials=max(20, plan.trials // 4))
+        again = _attempt(corrected, allowed, limits, fewer, study=f"{study} closer", journal=journal, progress=progress)
+        bench, attempt, rounds = corrected, _either(attempt, again), 2
     while not attempt.keeping and rounds < ROUNDS:
         missed = {
             metric: float(np.median([off_by(bench, contender, metric) for contender in attempt.finalists]))
@@ -108,6 +119,26 @@ class _Attempt:
     baselines: list[Contender]
     dense: Timing
     record: StudyRecord
+
+
+def _wasted(bench: Workbench, attempt: _Attempt, allowed: Mapping[Metric, float]) -> float | None:
+    """Measured over predicted, where finalists are so much faster that budget is left: predicted to be at the limit,
+    and measured well below.
+    """
+    off = float(np.median([off_by(bench, contender, "latency") for contender in attempt.finalists]))
+    nearest = max(contender.predicted["latency"] for contender in attempt.finalists)
+    return off if off < _CLOSE and nearest > _CLOSE * allowed["latency"] else None
+
+
+def _either(one: _Attempt, other: _Attempt) -> _Attempt:
+    """The best that two attempts at one budget found, as many as one of them has; baselines and the dense model's time
+    are the later one's.
+    """
+    most = max(len(one.finalists), len(other.finalists))
+    both = {contender.choice: contender for contender in (*one.finalists, *other.finalists)}
+    kept = {contender.choice for contender in (*one.keeping, *other.keeping)}
+    best = sorted(both.values(), key=lambda contender: contender.divergence)
+    return replace(other, finalists=best[:most], keeping=[each for each in best if each.choice in kept][:most])
 
 
 def _attempt(

@@ -83,7 +83,7 @@ class Samples:
             probe=within(24e9, 24, 256) if macs <= 500e6 else 0,
             fit=within(150e9, 20, 32),
             check=within(40e9, 6, 20),
-            refit=within(64e9, 64, 512),
+            refit=within(64e9, 32, 512),
             patches=within(4.1e12, 8192, 32768),
         )
 
