@@ -196,7 +196,7 @@ def _priors(
 ) -> dict[str, Harms]:  # fmt: skip
     """Additive harm of every option by each prior, kept beside the bank."""
     data = of_tensors([("x", subject.parts.selection.inputs), ("y", subject.parts.selection.targets)])
-    key = of_text(key, space, data, subject.samples, "priors 4")
+    key = of_text(key, space, data, subject.samples, "priors 5")
     path = folder / "bank" / f"priors-{key[:16]}.safetensors"
     stored = store.load_tensors(path, key=key)
     count = subject.samples.probe

@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import reconstruction_error
 from torch import Tensor
 
 from autoprune.errors import DataError
-from autoprune.methods.compensate import least_squares, reconstruction_error
+from autoprune.methods.compensate import gone_alone, least_squares, nested_errors
 
 torch.set_num_threads(1)
 
@@ -114,3 +115,24 @@ def test_moments_that_are_not_finite_are_an_error() -> None:
     moments[0, 0] = torch.nan
     with pytest.raises(DataError, match="not finite"):
         least_squares(weight, moments, KEPT)
+
+
+@pytest.mark.parametrize("solved", [True, False])
+def test_errors_as_inputs_go_are_those_of_each_choice_alone(*, solved: bool) -> None:
+    weight, _, moments = layer(inputs=12, seed=3)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    found = nested_errors(weight, moments, order, solved=solved)
+    assert float(found[:, 0].max()) == 0.0
+    for gone in range(1, 12):
+        kept = order[gone:]
+        new = least_squares(weight, moments, kept, damping=1e-9) if solved else weight[:, kept]
+        expected = reconstruction_error(weight, moments, kept, new)
+        torch.testing.assert_close(found[:, gone], expected, rtol=0.05 if solved else 1e-9, atol=1e-9)
+    torch.testing.assert_close(found[:, 12], (weight @ moments * weight).sum(1), rtol=1e-2, atol=0)
+
+
+def test_errors_of_independent_inputs() -> None:
+    weight, _, _ = layer()
+    order = torch.tensor([4, 1, 8, 0, 2, 3, 5, 6, 7])
+    expected = nested_errors(weight, torch.eye(9, dtype=torch.float64), order, solved=False)
+    torch.testing.assert_close(gone_alone(weight, order), expected)

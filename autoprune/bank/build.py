@@ -23,7 +23,7 @@ from autoprune.core.space import Space
 from autoprune.core.unit import Option
 from autoprune.methods import method
 from autoprune.methods.base import Consumer, Method, Need, UnitView, order_by
-from autoprune.methods.compensate import least_squares, reconstruction_error
+from autoprune.methods.compensate import gone_alone, nested_errors
 from autoprune.methods.l2 import l2_scores
 from autoprune.model.coupling import CONVOLUTIONS
 from autoprune.model.cut import Kept
@@ -153,9 +153,7 @@ def local_harms(
             seen = [bank.statistics.get(consumer.name) for consumer in view.consumers]
             fishers = [None if each is None else each.output_fisher for each in seen]
             means = [1.0 if each is None else _mean_square(each) for each in seen]
-            for index, option in enumerate(entry.options[1:], start=1):
-                kept = bank.kept(entry.unit.name, option)
-                local[:, index] = _errors(view, fishers, option=option, kept=kept, fallback=means)
+            local[:, 1:] = _narrowed(view, bank.orders[entry.unit.name], fishers, entry.options[1:], fallback=means)
         elif entry.unit.kind == "resolution":
             last = _last_layer([layer.name for layer in anatomy.architecture.layers], bank)
             shares = np.asarray([(resized or {})[option.keep] for option in entry.options[1:]])
@@ -223,30 +221,41 @@ def _mean_square(statistics: LayerStatistics) -> float:
     return float(statistics.diagonal.mean())
 
 
-def _errors(
-    view: UnitView, fishers: Sequence[Tensor | None], *, option: Option, kept: Tensor, fallback: Sequence[float]
-) -> tuple[float, float]:
-    """Relative and Fisher-weighted squared error of all consumers when `kept` channels stay. Where nothing is known of
-    a consumer's inputs and outputs, the relative error stands for both.
+def _narrowed(
+    view: UnitView, orders: Mapping[str, Tensor], fishers: Sequence[Tensor | None], options: Sequence[Option], *,
+    fallback: Sequence[float],
+) -> NDArray[np.float64]:  # fmt: skip
+    """Relative and Fisher-weighted squared error of all consumers for each of `options`: (2, options)."""
+    ways = {(option.method, option.compensate != "none") for option in options}
+    errors = {
+        (method, solved): _as_channels_go(view, orders[method], fishers, solved=solved, fallback=fallback)
+        for method, solved in ways
+    }
+    columns = [errors[option.method, option.compensate != "none"][:, view.width - option.keep] for option in options]
+    return np.stack(columns, axis=1) if columns else np.zeros((2, 0))
+
+
+def _as_channels_go(
+    view: UnitView, order: Tensor, fishers: Sequence[Tensor | None], *, solved: bool, fallback: Sequence[float]
+) -> NDArray[np.float64]:
+    """The same as channels go in `order`, for each number of those gone: (2, width + 1). Where nothing is known of a
+    consumer's inputs and outputs, the relative error stands for both.
     """
-    relative = weighted = 0.0
+    found = np.zeros((2, view.width + 1))
     for consumer, fisher, mean_square in zip(view.consumers, fishers, fallback, strict=True):
         outputs, width, each = consumer.weight.shape
         matrix = consumer.weight.reshape(outputs, width * each)
-        columns = (kept[:, None] * each + torch.arange(each)).flatten()
+        columns = (order[:, None] * each + torch.arange(each)).flatten()
         if consumer.moments is None:  # too wide for moments: inputs taken as independent and alike
-            gone = torch.ones(width * each, dtype=torch.bool)
-            gone[columns] = False
-            error, energy = matrix[:, gone].square().sum(1) * mean_square, matrix.square().sum(1) * mean_square
+            error, energy = gone_alone(matrix, columns) * mean_square, matrix.square().sum(1) * mean_square
         else:
-            plain = option.compensate == "none"
-            new = matrix[:, columns] if plain else least_squares(matrix, consumer.moments, columns)
-            error = reconstruction_error(matrix, consumer.moments, columns, new)
+            error = nested_errors(matrix, consumer.moments, columns, solved=solved)
             energy = ((matrix @ consumer.moments) * matrix).sum(1)
-        share = float((error * consumer.scale**2).sum() / (energy * consumer.scale**2).sum().clamp_min(1e-30))
-        relative += share
-        weighted += share if fisher is None else float((error * fisher).sum())
-    return max(relative, 0.0), max(weighted, 0.0)
+        error, energy = error[:, ::each], energy * consumer.scale**2  # (outputs, width + 1)
+        share = (error * consumer.scale[:, None] ** 2).sum(0) / energy.sum().clamp_min(1e-30)
+        found[0] += share.numpy()
+        found[1] += (share if fisher is None else (error * fisher[:, None]).sum(0)).numpy()
+    return found
 
 
 def _last_layer(layers: Sequence[str], bank: Bank) -> str | None:

@@ -33,9 +33,32 @@ def least_squares(weight: Tensor, moments: Tensor, kept: Tensor, *, damping: flo
     return (dense[:, kept] + torch.cholesky_solve(owed.T, factor).T).to(weight.dtype)
 
 
-def reconstruction_error(weight: Tensor, moments: Tensor, kept: Tensor, new_weight: Tensor) -> Tensor:
-    """E (W x - V x_K)^2 of each output, (outputs,) float64. Shapes as in `least_squares`; `new_weight` is V."""
-    difference = weight.to(torch.float64).clone()
-    difference[:, kept.to(torch.int64)] -= new_weight.to(torch.float64)
-    error = (difference @ moments.to(torch.float64) * difference).sum(dim=1)
-    return error.clamp(min=0.0)  # rounding can take a zero below it
+def nested_errors(weight: Tensor, moments: Tensor, order: Tensor, *, solved: bool) -> Tensor:
+    """The squared error of each output as inputs go one after the other, (outputs, inputs + 1): none gone first.
+
+    `order` (inputs,) says which goes when. With `solved`, what is left is solved anew each time by least squares; one
+    Cholesky factor serves all: with what stays longest first, an input is a sum of white ones, L z, of which the first
+    are known while theirs stay. Without, weights stay as they are. `weight` (outputs, inputs), `moments` E[x x^T].
+    """
+    if solved:
+        last_first = order.flip(0)
+        ordered = moments[last_first][:, last_first].to(torch.float64)
+        factor = damped_cholesky(ordered, DAMPING * mean_diagonal(ordered))
+        added = (weight[:, last_first].to(torch.float64) @ factor).square().flip(1)
+    else:
+        ordered, sorted_weight = moments[order][:, order].to(torch.float64), weight[:, order].to(torch.float64)
+        pairs = 2 * ordered.triu(1) + ordered.diagonal().diag()
+        added = sorted_weight * (sorted_weight @ pairs)
+    return _from_none(added)
+
+
+def gone_alone(weight: Tensor, order: Tensor) -> Tensor:
+    """The same where inputs are independent and of power one, and weights stay as they are."""
+    return _from_none(weight[:, order].to(torch.float64).square())
+
+
+def _from_none(added: Tensor) -> Tensor:
+    """What each input adds as it goes, summed up: (outputs, inputs + 1)."""
+    errors = torch.zeros(added.shape[0], added.shape[1] + 1, dtype=torch.float64)
+    errors[:, 1:] = added.cumsum(1).clamp_min(0.0)
+    return errors
