@@ -19,6 +19,7 @@ from autoprune.core.cost import LatencyTable
 from autoprune.core.memory_table import MemoryTable
 from autoprune.core.space import Choice, Space
 from autoprune.files import write_bytes, write_text
+from autoprune.memory import give_back
 from autoprune.model.fingerprint import of_tensors, of_text
 from autoprune.model.flow import norms_after
 from autoprune.model.integers import Arithmetic
@@ -42,11 +43,12 @@ class Stages:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def timed(self, name: str, work: Callable[[], Result]) -> Result:
-        """Run `work` and add its time to stage `name`."""
+        """Run `work` and add its time to stage `name`. What it needed in memory is given back."""
         start = time.perf_counter()
         try:
             return work()
         finally:
+            give_back()
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 

@@ -10,6 +10,14 @@ _AS_LARGE_AS_CAN_BE = 2**31 - 1
 _LARGE, _OLD_LIMIT = 2**30, 2**25
 
 
+def give_back() -> bool:
+    """Let the system have what is free in this process: between stages, of which each has its own peak; whether that
+    was done (glibc alone can).
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    return trim is not None and bool(trim(0))
+
+
 def keep_freed_memory() -> bool:
     """Let glibc reuse the memory of large tensors; whether that was done (elsewhere there is nothing to do).
 

@@ -20,7 +20,7 @@ from autoprune.data import Part
 from autoprune.evaluators.base import Evaluator, Pooled
 from autoprune.evaluators.function import Function
 from autoprune.nest import first_tensor
-from autoprune.profile.clock import Timing, interleave
+from autoprune.profile.clock import Timing, beside_the_dense, interleave
 from autoprune.runtimes.base import Runtime, Session
 from autoprune.searching.scorer import outputs_of
 
@@ -47,8 +47,9 @@ class Stopwatch:
         """Timings of the dense model and of `models`, all in turns (in chunks, to bound memory)."""
         timings: list[Timing] = []
         dense: list[Timing] = []
-        for start in range(0, max(len(models), 1), _CHUNK):
-            chunk = [self.runtime.load(model, self.example, self.target) for model in models[start : start + _CHUNK]]
+        together = beside_the_dense(max(map(size_bytes, models), default=0), _CHUNK)
+        for start in range(0, max(len(models), 1), together):
+            chunk = [self.runtime.load(model, self.example, self.target) for model in models[start : start + together]]
             budget = self.seconds_each * (len(chunk) + 1)
             first, *others = interleave(
                 [self.dense, *chunk], rounds=self.rounds, seconds_budget=budget, seed=seed + start

@@ -125,7 +125,7 @@ def _bank(subject: Subject, batches: tuple[Tensor, ...], folder: Path, progress:
     names = sorted({choice.method for choice in task.spec.methods})
     versions = [(name, method(name).version) for name in names]
     data = of_tensors([("x", task.data.calibration_inputs), ("y", task.data.calibration_targets)])
-    key = of_text(subject.fingerprint, data, versions, settings, samples, subject.anatomy.units, "bank 4")
+    key = of_text(subject.fingerprint, data, versions, settings, samples, subject.anatomy.units, "bank 5")
     path = folder / "bank" / f"{key[:16]}.safetensors"
     norms = norms_after(subject.model, batches[0][:2])
     moments = store.Moments(path.parent, key, memory_bytes=task.bank_memory, progress=progress)

@@ -1,6 +1,7 @@
 """How a search recovers from a bad prior: harm measured one unit at a time, which is far too kind to dropped blocks.
 
     python benchmarks/bad_prior.py --folder PATH_OF_THE_DATA --model resnet56 --run RUN
+    python benchmarks/bad_prior.py --folder PATH_OF_THE_DATA --kindness 0.1     # dropped blocks ten times too kind
 
 The search gets this prior alone, neither the others nor any baseline to start from. Prints what the prior's own policy
 and the best policy so far do, as trials go by: divergence on the selection part, blocks dropped, metric on the held-out
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--model", default="resnet56")
     parser.add_argument("--share", type=float, default=0.5, help="of the dense model's MACs")
     parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--kindness", type=float, default=1.0, help="factor on the harm of dropping a block")
     parser.add_argument("--run", type=Path, default=None, help="run folder to take the bank from")
     asked = parser.parse_args()
     sys.path.insert(0, str(asked.folder))
@@ -53,7 +55,10 @@ def main() -> None:
         getattr(zoo, asked.model)(), asked.model, data, evaluator("top1"), Target(), load_space("cnn-channels", Path())
     )
     full = workbench(task, asked.run or Path(mkdtemp()))
-    bench = replace(full, priors={BAD: full.priors[BAD]})
+    kinds = [unit.kind for unit in full.space.units]
+    harms = [row * (asked.kindness if kind == "block" else 1.0)
+             for row, kind in zip(full.priors[BAD], kinds, strict=True)]  # fmt: skip
+    bench = replace(full, priors={BAD: harms})
     problem = Problem(bench.space, bench.costs, {"macs": asked.share * bench.costs.dense["macs"]}, bench.priors)
     sampler = sampler_by_name("budget", problem, seed=0)
     record = open_study(Path(mkdtemp()) / "study.journal", problem, sampler=sampler, name="bad prior")

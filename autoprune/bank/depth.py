@@ -26,8 +26,8 @@ LONGEST_RUN = 4
 @dataclass(frozen=True, slots=True)
 class Run:
     """Blocks (or their branches) dropped in a row after an addition. `cross` is E[d x^T] about the means, (outputs,
-    columns), of the difference d between the sum after the last block and the sum at hand, and the layer's inputs x;
-    `shift` is E[d].
+    columns) float32, of the difference d between the sum after the last block and the sum at hand, and the layer's
+    inputs x; `shift` is E[d].
     """
 
     blocks: tuple[str, ...]
@@ -52,7 +52,7 @@ class _Sums:
     def run(self, blocks: tuple[str, ...]) -> Run:
         shift, mean = torch.as_tensor(self.difference) / self.count, torch.as_tensor(self.inputs) / self.count
         assert self.cross is not None
-        return Run(blocks, self.cross / self.count - torch.outer(shift, mean), shift)
+        return Run(blocks, (self.cross / self.count - torch.outer(shift, mean)).float(), shift)
 
 
 def observe_runs(

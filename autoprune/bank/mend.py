@@ -96,7 +96,7 @@ def solve(
         scale = torch.where(scale.abs() < 1e-6, 1e-6, scale)
         matrix = (
             matrix
-            + torch.cholesky_solve(run.cross.T, damped_cholesky(moments, DAMPING * mean_diagonal(moments))).T
+            + torch.cholesky_solve(run.cross.T.double(), damped_cholesky(moments, DAMPING * mean_diagonal(moments))).T
             / scale[:, None]
         )
         added = run.shift / scale

@@ -14,6 +14,8 @@ from typing import Protocol
 
 import numpy as np
 
+SESSION_BYTES = 1_500_000_000
+"""Weights of all sessions alive at once: what runtimes make of them takes about as much again."""
 MIN_ROUNDS = 5
 MIN_BURST = 2
 LONG_BURST_S = 0.02
@@ -26,6 +28,11 @@ class Invocable(Protocol):
     def invoke(self) -> None:
         """Run once."""
         ...
+
+
+def beside_the_dense(model_bytes: int, most: int) -> int:
+    """How many models of so many bytes are timed together beside the dense one: `most`, fewer where they are large."""
+    return int(min(most, max(1, SESSION_BYTES // max(model_bytes, 1) - 1)))
 
 
 @dataclass(frozen=True, slots=True)

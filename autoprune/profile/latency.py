@@ -17,7 +17,7 @@ from autoprune.core.architecture import Architecture, LayerKind
 from autoprune.core.cost import LatencyTable, SignatureCost, TableCheck, TimedModel
 from autoprune.core.space import Choice, Space
 from autoprune.core.target import Target
-from autoprune.profile.clock import interleave
+from autoprune.profile.clock import beside_the_dense, interleave
 from autoprune.profile.cost_model import CostModel
 from autoprune.profile.draw import draw
 from autoprune.profile.fit import BLOCKS, INTEGER_BLOCKS, Fit, design, fit
@@ -30,10 +30,8 @@ MODELS = 32
 """Random whole models that a table is fitted to: 52 predict unseen ones hardly better (1.1 against 1.2 %)."""
 WITH_FORMS = 1.75
 """So many times as many where layers have several forms, or kernels of several sizes: there is more to tell apart."""
-CHUNK = 6
-"""Sessions alive at once, the dense one among them; two at least, however large."""
-_CHUNK_BYTES = 1_500_000_000
-"""Weights of all sessions alive at once: what runtimes make of them takes about as much again."""
+CHUNK = 5
+"""Models timed together beside the dense one."""
 _ROUNDS = 20
 _SECONDS_A_CHUNK, _SECONDS = 2.0, 10.0
 """Timing at most, of a chunk and of all: a slow model is timed less often."""
@@ -154,7 +152,7 @@ def _measure(choices: Sequence[Choice], dense: Choice, bench: Bench, progress: P
     reference = _load(dense, bench)
     shares: list[float] = []
     dense_s: list[float] = []
-    together = _together(bench.build(dense))
+    together = beside_the_dense(_bytes(bench.build(dense)), CHUNK)
     starts = range(0, max(len(choices), 1), together)
     each = min(_SECONDS_A_CHUNK, _SECONDS / len(starts))
     for start in starts:
@@ -167,10 +165,8 @@ def _measure(choices: Sequence[Choice], dense: Choice, bench: Bench, progress: P
     return _Measured(np.asarray(shares), float(np.median(dense_s)))
 
 
-def _together(model: nn.Module) -> int:
-    """How many models are timed together, beside the dense one."""
-    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return int(min(CHUNK, max(2, _CHUNK_BYTES // max(size, 1)))) - 1
+def _bytes(model: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def _load(choice: Choice, bench: Bench) -> Session:
