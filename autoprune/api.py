@@ -31,6 +31,7 @@ from autoprune.evidence import judge, unit_records, write_down
 from autoprune.files import read_policy, write_bytes, write_policy, write_text
 from autoprune.goal import Plan, check_goal, resolve_limits
 from autoprune.loading import load_data, load_factory, load_model, random_data
+from autoprune.memory import suit
 from autoprune.model.describe import macs_of
 from autoprune.model.flow import norms_after
 from autoprune.model.integers import deployed
@@ -48,7 +49,7 @@ from autoprune.spaces import Narrowing, WeightChoice, load_space
 from autoprune.sparsity import sparsifier
 from autoprune.storage import FLOATS, FileFormat
 from autoprune.subject import Task, in_memory, subject_of
-from autoprune.verify import Stopwatch, latency_record, params, score
+from autoprune.verify import Stopwatch, latency_record, params, score, size_bytes
 from autoprune.workbench import Workbench, prepare
 
 JOURNAL = "study.journal"
@@ -286,6 +287,7 @@ def _slug(budget: Budget, floor: Floor) -> str:
 def _task(config: Config, folder: Path) -> Task:
     data = None if config.data is None else load_data(config, folder=folder)
     model = load_model(config, folder=folder)
+    suit(size_bytes(model))
     if ":" in config.metric:
         function: Any = load_factory(config.metric, folder, key="metric")
         judge_by: Evaluator = Function(function, config.metric, higher_is_better=config.higher_is_better)
