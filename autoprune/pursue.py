@@ -37,12 +37,14 @@ from autoprune.searching.sampler import prior_starts
 from autoprune.searching.samplers import sampler_by_name
 from autoprune.searching.study import StudyRecord, open_study
 from autoprune.storage import Weights
-from autoprune.verify import score
+from autoprune.verify import score, size_bytes
 from autoprune.workbench import Workbench
 
 ROUNDS = 3
 """How often the table is corrected and the search repeated when no finalist keeps the budget."""
 _MOST_MARGIN = 0.03
+_FINALIST_BYTES = 1_250_000_000
+"""Weights of dense models as many as there are finalists, at most."""
 _CLOSE = 0.95
 """How near a prediction must be to the budget, and a measurement to the prediction, to be left as they are."""
 _AIM_ROUNDS = 20
@@ -66,6 +68,7 @@ def pursue(
     bench: Workbench, budget: Budget, *, plan: Plan, journal: Path, progress: Progress, name: str | None = None
 ) -> Found:
     """Search within `budget`, correct the table where reality differs, recover the finalists and choose one."""
+    plan = replace(plan, finalists=_affordable(bench.subject.model, plan.finalists))
     limits = resolve_limits(bench.costs, budget)
     allowed = _with_margin(bench, limits, finalists=plan.finalists)
     bench = _aimed(bench, allowed, progress)
@@ -108,6 +111,11 @@ def pursue(
     chosen = min(recovered, key=lambda contender: contender.divergence)
     chosen = bench.stages.timed("recover", lambda: _mended(bench, chosen, bench.thorough)) if plan.refit else chosen
     return Found(budget, limits, chosen, tuple(recovered), tuple(baselines), attempt.dense, attempt.record, rounds)
+
+
+def _affordable(model: nn.Module, finalists: int) -> int:
+    """How many finalists are held at once: fewer of a large model, two at least."""
+    return int(min(finalists, max(2, _FINALIST_BYTES // max(size_bytes(model), 1))))
 
 
 @dataclass(frozen=True, slots=True)
