@@ -204,7 +204,6 @@ def test_where_four_bits_do_not_run_a_code_takes_a_byte(monkeypatch: pytest.Monk
 
 
 def test_the_other_exporter_does_as_well_and_leaves_no_paths(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("onnxscript", reason="torch's other ONNX exporter needs onnxscript")
 
     def fails(*_: object) -> bytes:
         raise RuntimeError("no symbolic")
