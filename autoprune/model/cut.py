@@ -72,6 +72,8 @@ def plan_cut(
     dropped = outermost(dropped)
     gone = {layer for block in dropped for layer in block.layers}
     replaced = [each.name for block in dropped for each in block.stand_ins]
+    named = {member.layer for group in groups for member in group.members}  # norms without parameters among them
+    gone |= {layer for layer in named if any(is_within(layer, name) for name in replaced)}
     masks: dict[str, Tensor] = {}
     numbers: dict[tuple[str, str], int] = {}
     for group in groups:
