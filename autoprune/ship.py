@@ -14,6 +14,7 @@ from autoprune.apply import Applied
 from autoprune.errors import TargetError
 from autoprune.files import write_bytes, write_text
 from autoprune.model import plain_modules
+from autoprune.model.cut import set_number
 from autoprune.model.flow import norms_after
 from autoprune.origin import copy_origin
 from autoprune.progress import Progress
@@ -136,21 +137,7 @@ def fit(layer, name, state, made):
         layer.input_size, layer.hidden_size = layer.weight_ih_l0.shape[1], layer.weight_hh_l0.shape[1]
 
 
-def set_number(module, path, value):
-    """Write an integer of one module, also where it stands in something that modules share."""
-    name, _, key = path.partition(".")
-    if not key:
-        setattr(module, name, value)
-        return
-    held = copy.copy(getattr(module, name))
-    if isinstance(held, tuple):
-        held = (*held[: int(key)], value, *held[int(key) + 1 :])
-    elif isinstance(held, (list, dict)):
-        held[int(key) if isinstance(held, list) else key] = value
-    else:
-        setattr(held, key, value)
-    setattr(module, name, held)
-
+{set_number}
 
 def nearest(values, scale, zero):
     """The values of an 8-bit grid."""
@@ -224,7 +211,7 @@ def write_model(
     write_text(script, _SCRIPT.format(
         factory=factory, weights=weights.name, dropped=dropped, split=dict(applied.ranks), rounded=rounded,
         numbers=numbers, plain=dict(applied.plain), plain_source=_source_of(plain_modules) if applied.plain else "",
-        resized=plan.size,
+        resized=plan.size, set_number=inspect.getsource(set_number),
     ))  # fmt: skip
     written["rebuild script"] = script
     onnx, exported = folder / "model.onnx", folder / "model.pt2"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autoprune.model.branches import branches
+from autoprune.model.compare import agree
 from autoprune.model.observe import Call, Hook, calls, stream_of, watching
 from autoprune.nest import tensors_of
 
@@ -254,23 +255,13 @@ def _drop_check(model: nn.Module, example: Tensor) -> Callable[[Sequence[Block]]
             return True
         with torch.no_grad():
             with watching(model, {block.name: hooks[block.rest] for block in blocks}):
-                wanted = tensors_of(model(example))
+                wanted = model(example)
             shorter = copy.deepcopy(model)
             put(shorter, [each for block in blocks for each in block.stand_ins])
             try:
-                found = tensors_of(shorter(example))
+                found = shorter(example)
             except Exception:  # noqa: BLE001 (a foreign forward that misses something of what was dropped)
                 return False
-        alike = len(found) == len(wanted) and all(a.shape == b.shape for a, b in zip(found, wanted, strict=True))
-        return alike and all(
-            torch.allclose(a, b, rtol=1e-4, atol=1e-5 * _size(b), equal_nan=True)
-            for a, b in zip(found, wanted, strict=True)
-        )
+        return agree(found, wanted, least=1e-3)
 
     return same
-
-
-def _size(tensor: Tensor) -> float:
-    """Its largest finite number, at least 0.001."""
-    finite = tensor[torch.isfinite(tensor)].abs()
-    return max(float(finite.max()) if finite.numel() else 0.0, 1e-3)

@@ -29,6 +29,24 @@ def same_outputs(model: nn.Module, example: Tensor) -> Callable[[nn.Module, nn.M
     return same
 
 
+def agree(found: Nested, wanted: Nested, *, least: float) -> bool:
+    """Whether two outputs of a model hold the same tensors within rounding: 1e-4 of each number, and 1e-5 of the
+    largest finite one of its tensor, or of `least` where that is larger. NaN equals NaN.
+    """
+    one, other = tensors_of(found), tensors_of(wanted)
+    alike = len(one) == len(other) and all(a.shape == b.shape for a, b in zip(one, other, strict=True))
+    return alike and all(
+        torch.allclose(a, b, rtol=1e-4, atol=1e-5 * max(_largest(b), least), equal_nan=True)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def _largest(tensor: Tensor) -> float:
+    """Its largest finite number; zero where there is none."""
+    finite = tensor[torch.isfinite(tensor)].abs()
+    return float(finite.max()) if finite.numel() else 0.0
+
+
 def _compared(output: Nested) -> list[Tensor]:
     """The tensors of a model's output that a cut must leave alone. Raises ModelError where there is none."""
     first_tensor(output)

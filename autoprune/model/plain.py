@@ -22,6 +22,7 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_map_only
 
+from autoprune.model.compare import agree
 from autoprune.model.plain_modules import stand_in
 from autoprune.nest import Nested, tensors_of
 
@@ -62,17 +63,9 @@ def _replaced(model: nn.Module, kinds: Kinds) -> nn.Module:
 
 def _agrees(model: nn.Module, example: Tensor, wanted: Nested) -> bool:
     try:
-        pairs = zip(tensors_of(model(example)), tensors_of(wanted), strict=True)
-        return all(
-            torch.allclose(one, other, rtol=1e-4, atol=1e-5 * _scale(other), equal_nan=True) for one, other in pairs
-        )
+        return agree(model(example), wanted, least=1.0)
     except Exception:  # noqa: BLE001 (a foreign forward that looks into the module raises anything: it stays opaque)
         return False
-
-
-def _scale(tensor: Tensor) -> float:
-    finite = tensor[tensor.isfinite()] if tensor.is_floating_point() else tensor
-    return max(1.0, float(finite.abs().max())) if finite.numel() else 1.0
 
 
 def _kinds(model: nn.Module, example: Tensor) -> dict[str, tuple[str, ...]]:
