@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_low_rank import module_at
-from test_weights import logits
+from shipped import shipped
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,10 +29,9 @@ from autoprune.model.discover import Anatomy, discover
 from autoprune.model.flow import norms_after
 from autoprune.model.recalibrate import Anchor
 from autoprune.profile.cost_model import CostModel
-from autoprune.progress import Silent
 from autoprune.spaces import load_space
 from autoprune.storage import FLOATS, FileFormat, storage_of
-from autoprune.subject import Task, subject_of
+from autoprune.subject import Task
 from autoprune.verify import params, size_bytes
 
 torch.set_num_threads(1)
@@ -224,16 +222,8 @@ def test_search_apply_rebuild_and_back(name: str, tmp_path: Path) -> None:
         model, type(model).__name__, api.as_data(calibration, validation), evaluator("top1"), Target("torch"),
         load_space(str(tmp_path / "space.yaml"), tmp_path),
     )  # fmt: skip
-    subject = subject_of(task, Silent())
-    applied = api.apply(outcome.folder / "policy.yaml", subject)
-    inputs = network.inputs(8)
-    torch.testing.assert_close(logits(applied.model, inputs), logits(outcome.model, inputs), rtol=0, atol=1e-5)
-    written = api.write_model(
-        applied, example=subject.example, factory=f"unusual_networks.py:{type(model).__name__}",
-        source=Path(__file__).parent, folder=tmp_path / "out", progress=Silent(),
-    )  # fmt: skip
-    rebuilt = module_at(written["rebuild script"]).model()
-    torch.testing.assert_close(logits(rebuilt, inputs), logits(outcome.model, inputs), rtol=0, atol=1e-5)
+    factory = f"unusual_networks.py:{type(model).__name__}"
+    _, _, rebuilt = shipped(task, outcome, network.inputs(8), factory=factory, folder=tmp_path / "out")
     assert widths_of(rebuilt) == widths_of(outcome.model)
 
 

@@ -6,13 +6,12 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import conv, data_of, randomised
-from test_low_rank import module_at
+from shipped import assert_onnx_runtime_agrees, shipped
 from test_weights import logits
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -363,19 +362,9 @@ def test_search_yaml_apply_rebuild_and_back(tmp_path: Path) -> None:
     assert all(decision.method == "center" and decision.keep == 3 for decision in kernels.values())
     task = Task(model, "Wide", api.as_data(calibration, validation), api.evaluator("top1"), Target("torch"),
                 load_space(str(space), tmp_path))  # fmt: skip
-    subject = subject_of(task, Silent())
-    applied = api.apply(policy, subject)
     inputs = torch.randn(8, *IMAGE)
-    torch.testing.assert_close(logits(applied.model, inputs), logits(outcome.model, inputs), rtol=0, atol=1e-5)
-    written = api.write_model(
-        applied, example=subject.example, factory="test_kernels.py:Wide", source=Path(__file__).parent,
-        folder=tmp_path / "out", progress=Silent(),
-    )  # fmt: skip
-    rebuilt = module_at(written["rebuild script"]).model()
-    torch.testing.assert_close(logits(rebuilt, inputs), logits(outcome.model, inputs), rtol=0, atol=1e-5)
-    session = onnxruntime.InferenceSession(written["onnx"])
-    (exported,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
-    torch.testing.assert_close(torch.from_numpy(exported), logits(outcome.model, inputs), rtol=0, atol=1e-5)
+    subject, written, _ = shipped(task, outcome, inputs, factory="test_kernels.py:Wide", folder=tmp_path / "out")
+    assert_onnx_runtime_agrees(written, outcome, inputs)
     name = next(iter(kernels))
     text = policy.read_text()
     start = text.index(name)

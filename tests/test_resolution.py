@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import Residual, Vgg, conv, data_of, randomised
-from test_low_rank import module_at
+from shipped import assert_onnx_runtime_agrees, shipped
 from test_weights import logits
 from torch import Tensor, nn
 from torch.nn import functional
@@ -262,19 +262,9 @@ def test_search_yaml_apply_rebuild_and_back(tmp_path: Path) -> None:
     assert read_policy(policy).units["input"].kind == "resolution"
     task = Task(model, "Wider", api.as_data(calibration, validation), api.evaluator("top1"), Target("torch"),
                 load_space(str(space), tmp_path))  # fmt: skip
-    subject = subject_of(task, Silent())
-    applied = api.apply(policy, subject)
     inputs = torch.randn(8, *IMAGE)
-    torch.testing.assert_close(logits(applied.model, inputs), logits(outcome.model, inputs), rtol=0, atol=1e-5)
-    written = api.write_model(
-        applied, example=subject.example, factory="test_resolution.py:Wider", source=Path(__file__).parent,
-        folder=tmp_path / "out", progress=Silent(),
-    )  # fmt: skip
-    rebuilt = module_at(written["rebuild script"]).model()
-    torch.testing.assert_close(logits(rebuilt, inputs), logits(outcome.model, inputs), rtol=0, atol=1e-5)
-    session = onnxruntime.InferenceSession(written["onnx"])
-    (exported,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
-    torch.testing.assert_close(torch.from_numpy(exported), logits(outcome.model, inputs), rtol=0, atol=1e-5)
+    subject, written, _ = shipped(task, outcome, inputs, factory="test_resolution.py:Wider", folder=tmp_path / "out")
+    assert_onnx_runtime_agrees(written, outcome, inputs)
     loaded = torch.export.load(written["torch.export"]).module()
     one = inputs[: subject.example.shape[0]]
     torch.testing.assert_close(loaded(one), logits(outcome.model, one), rtol=0, atol=1e-5)
