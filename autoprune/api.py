@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import mkdtemp
@@ -23,6 +24,9 @@ from autoprune.core.unit import NARROWED, SizeOf
 from autoprune.costing import Stages, measured_costs
 from autoprune.coverage import coverage
 from autoprune.data import as_data
+from autoprune.engines import open_engine
+from autoprune.engines.local import Local
+from autoprune.engines.settings import EngineSettings, RaySettings
 from autoprune.errors import BudgetError, ConfigError, MissedError
 from autoprune.evaluators import evaluator
 from autoprune.evaluators.base import Evaluator
@@ -40,9 +44,11 @@ from autoprune.packing.archive import inspected
 from autoprune.progress import Progress, Silent
 from autoprune.pursue import Found, fastest, pursue
 from autoprune.report.html import render
+from autoprune.run import Run
 from autoprune.run_folder import usable_folder
 from autoprune.runtimes import runtime
 from autoprune.runtimes.resident import resident
+from autoprune.searching.board import Board
 from autoprune.searching.samplers import check_sampler
 from autoprune.ship import write_model
 from autoprune.spaces import Narrowing, WeightChoice, load_space
@@ -51,8 +57,6 @@ from autoprune.storage import FLOATS, FileFormat
 from autoprune.subject import Task, in_memory, subject_of
 from autoprune.verify import Stopwatch, latency_record, params, score, size_bytes
 from autoprune.workbench import Workbench, prepare
-
-JOURNAL = "study.journal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +121,10 @@ def search(  # noqa: PLR0913 (one flat, keyword-only door, like the configuratio
         min_accuracy=min_accuracy, max_loss=max_loss,
     )  # fmt: skip
     texts = [budget] if isinstance(budget, str) else list(budget or ())
-    return _campaign(
+    outcomes = _campaign(
         task, parse_budgets(texts), floor, plan=plan or Plan(), folder=folder, progress=progress or Silent()
-    )[-1]
+    )
+    return outcomes[-1]
 
 
 def search_config(config: Config, *, folder: Path, progress: Progress) -> list[OutcomeRecord]:
@@ -137,7 +142,7 @@ def search_config(config: Config, *, folder: Path, progress: Progress) -> list[O
 def units_of(config: Config, *, folder: Path, latency: bool, progress: Progress) -> UnitsRecord:
     """What can be pruned, with each unit's share of the cost; how much of the model that is, and why not the rest."""
     subject = subject_of(_task(config, folder), progress)
-    run = usable_folder(folder / (config.run or "runs/search")) if latency else Path()
+    run = Run(usable_folder(folder / (config.run or "runs/search")) if latency else Path(), Local())
     space, costs, _ = measured_costs(subject, run, latency=latency, stages=Stages(), progress=progress)
     notes = tuple(f"kept whole: {entry.root} ({entry.reason})" for entry in subject.anatomy.refused)
     if config.data is None:
@@ -230,11 +235,13 @@ def _campaign(
     for name in {choice.method for choice in task.spec.weights if choice.patterns != ("",)}:
         sparsifier(name)  # an unknown one is told at once
     usable_folder(folder)
-    bench = _bench(task, budgets, folder, progress)
-    outcomes = []
-    for budget in budgets:
-        found = _found(bench, budget, floor, plan=plan, journal=folder / JOURNAL, progress=progress)
-        outcomes.append(_written(bench, found, floor, folder=folder / _slug(budget, floor), progress=progress))
+    with closing(open_engine(plan.engine, progress)) as engine:
+        run = Run(folder, engine, plan.storage, Board(plan.storage, note=progress.note) if plan.storage else None)
+        bench = _bench(task, budgets, run, progress)
+        outcomes = []
+        for budget in budgets:
+            found = _found(bench, budget, floor, plan=plan, progress=progress)
+            outcomes.append(_written(bench, found, floor, folder=folder / _slug(budget, floor), progress=progress))
     missed = [outcome for outcome in outcomes if not outcome.met]
     if missed:
         verdicts = "\n".join(f"{o.record.budget}: {o.record.verdict} ({o.folder})" for o in missed)
@@ -242,7 +249,7 @@ def _campaign(
     return outcomes
 
 
-def _bench(task: Task, budgets: Sequence[Budget], folder: Path, progress: Progress) -> Workbench:
+def _bench(task: Task, budgets: Sequence[Budget], run: Run, progress: Progress) -> Workbench:
     """Measure costs first: a budget out of reach stops here, before anything long."""
     for limit in (limit for budget in budgets for limit in budget.limits):
         if limit.relative and limit.value >= 1:
@@ -252,18 +259,18 @@ def _bench(task: Task, budgets: Sequence[Budget], folder: Path, progress: Progre
     metrics = {limit.metric for budget in budgets for limit in budget.limits}
     latency = "latency" in metrics or not metrics
     space, costs, table = measured_costs(
-        subject, folder, latency=latency, stages=stages, progress=progress, memory="memory" in metrics
+        subject, run, latency=latency, stages=stages, progress=progress, memory="memory" in metrics
     )
     for budget in budgets:
         if all(limit.metric != "size" for limit in budget.limits):
             resolve_limits(costs, budget)  # bytes are known once weights have been stored
-    return prepare(subject, space, costs, table, folder=folder, stages=stages, progress=progress)
+    return prepare(subject, space, costs, table, run=run, stages=stages, progress=progress)
 
 
-def _found(bench: Workbench, budget: Budget, floor: Floor, *, plan: Plan, journal: Path, progress: Progress) -> Found:
+def _found(bench: Workbench, budget: Budget, floor: Floor, *, plan: Plan, progress: Progress) -> Found:
     if budget.limits:
-        return pursue(bench, budget, plan=plan, journal=journal, progress=progress)
-    return fastest(bench, floor, plan=plan, journal=journal, progress=progress)
+        return pursue(bench, budget, plan=plan, progress=progress)
+    return fastest(bench, floor, plan=plan, progress=progress)
 
 
 def _written(bench: Workbench, found: Found, floor: Floor, *, folder: Path, progress: Progress) -> Outcome:
@@ -318,5 +325,10 @@ def _any_policy(task: Task) -> Task:
 
 
 def _plan(config: Config) -> Plan:
-    asked = config.search
-    return Plan(asked.trials, asked.seconds, asked.sampler, asked.finalists, asked.refit)
+    asked, ray = config.search, config.ray
+    settings = RaySettings(
+        ray.address, ray.cpus, ray.gpus, ray.target_wait, asha=ray.asha, population=ray.population,
+        callbacks=ray.callbacks,
+    )  # fmt: skip
+    engine = EngineSettings(asked.engine, asked.workers, asked.retries, settings)
+    return Plan(asked.trials, asked.seconds, asked.sampler, asked.finalists, asked.refit, engine, asked.storage)

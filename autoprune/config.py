@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -139,6 +139,14 @@ def _names(value: object) -> object:
     return tuple(names)
 
 
+def _storage(value: object) -> object:
+    if isinstance(value, str) and re.match(r"[a-z][a-z0-9+]*://", value):
+        return value
+    raise ValueError(
+        f"given {given(value)}, allowed: the URL of a database, e.g. postgresql://user@host/name or sqlite:///study.db"
+    )
+
+
 Factory = Annotated[str, BeforeValidator(_factory)]
 Drop = Annotated[float | str, BeforeValidator(_drop)]
 Worst = Annotated[float, BeforeValidator(_worst)]
@@ -193,6 +201,48 @@ class SearchConfig(_Section):
         default=4_000_000_000, description="What the bank may hold in memory (`4GB`); the rest is kept on disk."
     )
 
+    engine: Literal["optuna", "ray"] = Field(
+        default="optuna", description="Where work runs: on this machine, or on a Ray cluster."
+    )
+    workers: Count | None = Field(
+        default=None,
+        description="Candidates evaluated at the same time. Default: 1; with ray as many as the cluster has room for.",
+    )
+    retries: int = Field(
+        default=3, ge=0, strict=True, description="How often an evaluation is begun again whose worker died."
+    )
+    storage: Annotated[str, BeforeValidator(_storage)] | None = Field(
+        default=None,
+        description="URL of a database for the trials (`postgresql://user@host/name`), which any number of machines "
+        "may share. Default: a file in the run folder.",
+    )
+
+
+class RayConfig(_Section):
+    """What a search with `engine: ray` asks of Ray."""
+
+    address: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Of the cluster, or `auto`. Default: a job's own cluster, or a new one here.",
+    )
+    cpus: float = Field(default=1, ge=0, allow_inf_nan=False, description="CPUs of each evaluation.")
+    gpus: float = Field(default=0, ge=0, allow_inf_nan=False, description="GPUs of each evaluation; 0.25 shares one.")
+    target_wait: float = Field(
+        default=600.0, ge=0, allow_inf_nan=False,
+        description="Seconds to wait for a node with the resource autoprune_target, which alone measures.",
+    )  # fmt: skip
+    asha: StrictBool = Field(default=False, description="Run recovered trials under Ray Tune and ASHA.")
+    population: int = Field(
+        default=0,
+        ge=0,
+        strict=True,
+        description="Copies of the chosen candidate that population-based training recovers.",
+    )
+    callbacks: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+        default=(), description="Callbacks of Ray Tune that hear of every trial: 'module:Name' or 'file.py:function'."
+    )
+
 
 class Config(_Section):
     """One search. Paths are relative to the folder of the file it was read from."""
@@ -227,6 +277,7 @@ class Config(_Section):
     max_loss: Worst | None = Field(default=None, description="The largest metric allowed, where less is better.")
     space: SpaceConfig = Field(default_factory=SpaceConfig)
     search: SearchConfig = Field(default_factory=SearchConfig)
+    ray: RayConfig = Field(default_factory=RayConfig)
     run: str | None = Field(default=None, min_length=1, description="Run folder. Default: runs/<this file's name>.")
 
     @model_validator(mode="before")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +17,9 @@ from autoprune.bank.stitch import shape_only
 from autoprune.core.cost import LatencyTable
 from autoprune.core.memory_table import MemoryTable
 from autoprune.core.space import Choice, Space
-from autoprune.files import write_bytes, write_text
+from autoprune.files import write_bytes
 from autoprune.memory import give_back
+from autoprune.model.discover import Anatomy
 from autoprune.model.fingerprint import of_tensors, of_text
 from autoprune.model.flow import norms_after
 from autoprune.model.integers import Arithmetic
@@ -28,6 +28,7 @@ from autoprune.profile.forms import with_forms
 from autoprune.profile.latency import Bench, measure_table
 from autoprune.profile.memory import MemoryModel, live_map_of, measure_memory
 from autoprune.progress import Progress
+from autoprune.run import Kept, Run
 from autoprune.runtimes import runtime
 from autoprune.spaces import resolve
 from autoprune.subject import Subject, batches_of
@@ -53,7 +54,7 @@ class Stages:
 
 
 def measured_costs(
-    subject: Subject, folder: Path, *, latency: bool, stages: Stages, progress: Progress, memory: bool = False
+    subject: Subject, run: Run, *, latency: bool, stages: Stages, progress: Progress, memory: bool = False
 ) -> tuple[Space, CostModel, LatencyTable | None]:
     """The cost table, and the space whose widths fit the runtime's steps. Latency and memory are measured only when
     asked for.
@@ -64,12 +65,12 @@ def measured_costs(
     first = resolve(units, task.spec, forms=forms)
     if first != resolve(units, task.spec):
         progress.note(f"{task.target.runtime} on {task.target.device} computes in floats; options with inputs: [8] go")
-    table = stages.timed("profile", lambda: _table(subject, first, folder, progress)) if latency else None
+    table = stages.timed("profile", lambda: _table(subject, first, run, progress)) if latency else None
     aligned = None
     if table is not None:
         aligned = CostModel(with_forms(subject.anatomy.architecture, first, forms), first, table).aligned_widths
     space = resolve(units, task.spec, aligned=aligned, forms=forms)
-    peak = stages.timed("memory", lambda: _memory(subject, space, folder, progress)) if memory else None
+    peak = stages.timed("memory", lambda: _memory(subject, space, run, progress)) if memory else None
     return space, CostModel(with_forms(subject.anatomy.architecture, space, forms), space, table, memory=peak), table
 
 
@@ -92,74 +93,71 @@ def arithmetic_of(subject: Subject, space: Space, folder: Path, progress: Progre
     return found
 
 
-def _table(subject: Subject, space: Space, folder: Path, progress: Progress) -> LatencyTable:
-    """The latency table of this model's shapes on this target and machine, measured or read."""
-    task = subject.task
-    engine = runtime(task.target.runtime)
+def _table(subject: Subject, space: Space, run: Run, progress: Progress) -> LatencyTable:
+    """The latency table of this model's shapes on the target, measured or read."""
+    task, engine = subject.task, runtime(subject.task.target.runtime)
     architecture = with_forms(subject.anatomy.architecture, space, engine.forms(task.target))
-    key = of_text(
-        architecture, space, task.target.text, tuple(subject.example.shape), engine.version(),
-        platform.node(), platform.processor(), "table 6",
-    )  # fmt: skip
-    path = folder / "tables" / f"{key[:16]}.json"
-    if path.exists():
-        try:
-            table = LatencyTable.model_validate_json(path.read_text(encoding="utf-8"))
-        except ValueError:
-            progress.note(f"{path} is damaged and is measured anew")
-        else:
-            if table.key == key:
-                progress.note(f"reused the latency table ({table.fitted_models} models, {path.name})")
-                return table.model_copy(update={"dense_s": _dense_latency(subject)})
+    key = of_text(architecture, space, task.target.text, tuple(subject.example.shape), engine.version(), "table 7")
 
-    bench = _shapes(subject, space, folder, progress)
-    table = measure_table(
-        space, architecture, bench=bench, key=key, seed=task.seed, progress=progress,
-        models=subject.samples.fit, check=subject.samples.check,
-    )  # fmt: skip
-    write_text(path, table.model_dump_json(indent=1))
-    return table
+    def measured() -> LatencyTable:
+        progress.phase("profile")
+        return run.engine.measure(
+            measure_table, space, architecture, bench=_shapes(subject, space, run.folder, progress), key=key,
+            seed=task.seed, models=subject.samples.fit, check=subject.samples.check, progress=progress,
+        )  # fmt: skip
+
+    kept = Kept("latency", key, LatencyTable)
+    table, reused = kept.found_or_made(run, measured, note=progress.note)
+    if not reused:
+        return table
+    progress.note(f"reused the latency table ({table.fitted_models} models, {key[:16]})")
+    if run.engine.where() is None or run.board is not None:
+        return table  # nobody to ask today, or others count with the same number
+    return table.model_copy(update={"dense_s": _dense_latency(subject, run)})
 
 
 def _shapes(subject: Subject, space: Space, folder: Path, progress: Progress) -> Bench:
     """Where choices become models for the clock."""
     arithmetic = arithmetic_of(subject, space, folder, progress)
     norms = norms_after(subject.model, subject.task.data.validation_inputs[:2])
-
-    def build(choice: Choice) -> nn.Module:
-        options = space.options_of(choice)
-        return shape_only(subject.model, subject.anatomy, options, norms=norms, arithmetic=arithmetic)
-
-    return Bench(build, runtime(subject.task.target.runtime), subject.task.target, subject.example)
+    builder = ShapeBuilder(subject.model, subject.anatomy, space, norms, arithmetic)
+    return Bench(builder, runtime(subject.task.target.runtime), subject.task.target, subject.example)
 
 
-def _memory(subject: Subject, space: Space, folder: Path, progress: Progress) -> MemoryModel:
-    """What this model's shapes need in memory on this target and machine, measured or read."""
-    task = subject.task
-    engine = runtime(task.target.runtime)
+@dataclass(frozen=True, slots=True)
+class ShapeBuilder:
+    """Makes models of the shapes of choices, for the clock alone."""
+
+    model: nn.Module
+    anatomy: Anatomy
+    space: Space
+    norms: Mapping[str, str]
+    arithmetic: Mapping[str, Arithmetic]
+
+    def __call__(self, choice: Choice) -> nn.Module:
+        """The model of one choice."""
+        options = self.space.options_of(choice)
+        return shape_only(self.model, self.anatomy, options, norms=self.norms, arithmetic=self.arithmetic)
+
+
+def _memory(subject: Subject, space: Space, run: Run, progress: Progress) -> MemoryModel:
+    """What this model's shapes need in memory on the target, measured or read."""
+    task, engine = subject.task, runtime(subject.task.target.runtime)
     architecture = with_forms(subject.anatomy.architecture, space, engine.forms(task.target))
-    key = of_text(
-        architecture,
-        space,
-        task.target.text,
-        tuple(subject.example.shape),
-        engine.version(),
-        platform.node(),
-        "memory 1",
-    )
-    path = folder / "tables" / f"memory-{key[:16]}.json"
-    bench = _shapes(subject, space, folder, progress)
-    table = None
-    if path.exists():
-        with suppress(ValidationError):
-            table = MemoryTable.model_validate_json(path.read_text(encoding="utf-8"))
-    if table is None or table.key != key:
-        table = measure_memory(space, architecture, bench=bench, key=key, seed=task.seed, progress=progress)
-        write_text(path, table.model_dump_json(indent=1))
+    key = of_text(architecture, space, task.target.text, tuple(subject.example.shape), engine.version(), "memory 2")
+    bench = _shapes(subject, space, run.folder, progress)
+
+    def measured() -> MemoryTable:
+        return run.engine.measure(
+            measure_memory, space, architecture, bench=bench, key=key, seed=task.seed, progress=progress
+        )
+
+    table, _ = Kept("memory", key, MemoryTable).found_or_made(run, measured, note=progress.note)
     return MemoryModel(live_map_of(space, bench), table, space, architecture)
 
 
-def _dense_latency(subject: Subject) -> float:
+def _dense_latency(subject: Subject, run: Run) -> float:
     """Seconds the dense model takes today; a reused table knows shares alone."""
     engine = runtime(subject.task.target.runtime)
-    return Stopwatch.of(subject.model, engine, subject.task.target, example=subject.example).compare([])[0].median
+    watch = Stopwatch.of(subject.model, engine, subject.task.target, example=subject.example, engine=run.engine)
+    return watch.compare([])[0].median

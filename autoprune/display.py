@@ -150,10 +150,10 @@ class Lines(_Shell):
     def trial(self, seen: TrialSeen) -> None:
         """A trial is finished; a line when the last is some seconds old, or the search is."""
         now = self._clock()
-        if now - self._last_line < LINE_EVERY_S and seen.number + 1 < seen.total:
+        if now - self._last_line < LINE_EVERY_S and seen.done < seen.total:
             return
         self._last_line = now
-        self._print(f"  trial {seen.number + 1}/{seen.total}: {standing(seen)}, {now - self._started:.0f} s")
+        self._print(f"  trial {seen.done}/{seen.total}: {standing(seen)}, {now - self._started:.0f} s")
 
     def note(self, text: str) -> None:
         """Something worth a line."""
@@ -205,7 +205,7 @@ class Bars(_Shell):
     def trial(self, seen: TrialSeen) -> None:
         """Move the bar to this trial and say who leads."""
         if self._task is not None:
-            self._bars.update(self._task, total=seen.total, completed=seen.number + 1, standing=standing(seen))
+            self._bars.update(self._task, total=seen.total, completed=seen.done, standing=standing(seen))
 
     def note(self, text: str) -> None:
         """A line above the bars."""

@@ -60,6 +60,17 @@ FLAGS = (
     Flag("search.finalists", ("--finalists",), int, "Candidates that are really cut, timed and scored."),
     Flag("search.refit", ("--refit/--no-refit",), bool, "Refit the chosen candidate's weights."),
     Flag("search.bank_memory", ("--bank-memory",), str, "What the bank may hold in memory, e.g. 4GB; then on disk."),
+    Flag("search.engine", ("--engine",), str, "Where work runs: optuna (this machine) or ray (a cluster)."),
+    Flag("search.workers", ("--workers",), int, "Candidates evaluated at the same time."),
+    Flag("search.retries", ("--retries",), int, "How often an evaluation is begun again whose worker died."),
+    Flag("search.storage", ("--storage",), str, "URL of a database for the trials, which machines may share."),
+    Flag("ray.address", ("--ray-address",), str, "The Ray cluster's address, or auto."),
+    Flag("ray.cpus", ("--ray-cpus",), float, "CPUs of each evaluation."),
+    Flag("ray.gpus", ("--ray-gpus",), float, "GPUs of each evaluation; 0.25 shares one."),
+    Flag("ray.target_wait", ("--ray-target-wait",), float, "Seconds to wait for a node that is the target."),
+    Flag("ray.asha", ("--ray-asha/--no-ray-asha",), bool, "Run recovered trials under Ray Tune and ASHA."),
+    Flag("ray.population", ("--ray-population",), int, "Copies that population-based training recovers."),
+    Flag("ray.callbacks", ("--ray-callback",), list[str], "A callback of Ray Tune; repeatable."),
     Flag("run", ("--run",), str, "Run folder; a later search in it reuses what was measured."),
 )
 

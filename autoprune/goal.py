@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from autoprune.core.budget import Budget, Metric, shown
 from autoprune.core.floor import Floor
+from autoprune.engines.settings import EngineSettings
 from autoprune.errors import BudgetError, ConfigError
 from autoprune.profile.cost_model import CostModel
 
@@ -21,6 +22,9 @@ class Plan:
     sampler: str = "budget"
     finalists: int = 6
     refit: bool = True
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    storage: str | None = None
+    """URL of a database to record trials in, which others may search with, too; None: a file in the run folder."""
 
 
 def resolve_limits(costs: CostModel, budget: Budget) -> dict[Metric, float]:

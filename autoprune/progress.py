@@ -8,9 +8,12 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class TrialSeen:
-    """One finished trial, for the display. `divergence` is None when it failed or was pruned early."""
+    """One finished trial, for the display: its number, and how many are `done`; trials that run at the same time end in
+    any order. `divergence` is None when it failed or was pruned early.
+    """
 
     number: int
+    done: int
     total: int
     origin: str
     divergence: float | None

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from torch import nn
@@ -16,7 +15,7 @@ from torch import nn
 from autoprune.bank.stitch import deployable, shape_only
 from autoprune.contender import Contender, misses, off_by, predicted
 from autoprune.core.budget import Budget, Limit, Metric
-from autoprune.core.cost import LatencyTable
+from autoprune.core.cost import LatencyTable, SharesTable
 from autoprune.core.floor import Floor
 from autoprune.core.space import Choice
 from autoprune.errors import BudgetError
@@ -28,10 +27,11 @@ from autoprune.profile.latency import refitted
 from autoprune.progress import Progress
 from autoprune.recover.refit import Reference, refit
 from autoprune.rivals import baseline_choices
+from autoprune.run import Kept
 from autoprune.runtimes import runtime
 from autoprune.runtimes.resident import resident
 from autoprune.searching import scorer
-from autoprune.searching.engine import Finished, ranked, run_search
+from autoprune.searching.loop import Effort, Finished, ranked, run_search
 from autoprune.searching.problem import Problem
 from autoprune.searching.sampler import prior_starts
 from autoprune.searching.samplers import sampler_by_name
@@ -64,9 +64,7 @@ class Found:
     rounds: int
 
 
-def pursue(
-    bench: Workbench, budget: Budget, *, plan: Plan, journal: Path, progress: Progress, name: str | None = None
-) -> Found:
+def pursue(bench: Workbench, budget: Budget, *, plan: Plan, progress: Progress, name: str | None = None) -> Found:
     """Search within `budget`, correct the table where reality differs, recover the finalists and choose one."""
     plan = replace(plan, finalists=_affordable(bench.subject.model, plan.finalists))
     limits = resolve_limits(bench.costs, budget)
@@ -74,7 +72,7 @@ def pursue(
     bench = _aimed(bench, allowed, progress)
     allowed = _sized(bench, allowed)
     study = name or budget.text
-    attempt = _attempt(bench, allowed, limits, plan, study=study, journal=journal, progress=progress)
+    attempt = _attempt(bench, allowed, limits, plan, study=study, progress=progress)
     rounds = 1
     if attempt.keeping and "latency" in limits and (off := _wasted(bench, attempt, allowed)) is not None:
         progress.note(
@@ -83,7 +81,7 @@ def pursue(
         near = [(contender.choice, contender.timing.ratio) for contender in attempt.finalists]
         corrected = _corrected(bench, near)
         fewer = replace(plan, trials=max(20, plan.trials // 4))
-        again = _attempt(corrected, allowed, limits, fewer, study=f"{study} closer", journal=journal, progress=progress)
+        again = _attempt(corrected, allowed, limits, fewer, study=f"{study} closer", progress=progress)
         bench, attempt, rounds = corrected, _either(attempt, again), 2
     while not attempt.keeping and rounds < ROUNDS:
         missed = {
@@ -99,9 +97,7 @@ def pursue(
         allowed |= {metric: min(allowed[metric], limits[metric] / max(off, 1.001)) for metric, off in missed.items()}
         fewer = replace(plan, trials=max(20, plan.trials // 4))
         try:
-            attempt = _attempt(
-                bench, allowed, limits, fewer, study=f"{study} round {rounds + 1}", journal=journal, progress=progress
-            )
+            attempt = _attempt(bench, allowed, limits, fewer, study=f"{study} round {rounds + 1}", progress=progress)
         except BudgetError:
             progress.note("with the corrected table nothing is within reach; going on with the nearest")
             break
@@ -151,16 +147,16 @@ def _either(one: _Attempt, other: _Attempt) -> _Attempt:
 
 def _attempt(
     bench: Workbench, allowed: Mapping[Metric, float], limits: Mapping[Metric, float], plan: Plan, *, study: str,
-    journal: Path, progress: Progress,
+    progress: Progress,
 ) -> _Attempt:  # fmt: skip
     """Search with predictions below `allowed`, then time the best: those that keep `limits`, and all."""
-    problem, record, finished = _search(bench, allowed, plan, study=study, journal=journal, progress=progress)
+    problem, record, finished = _search(bench, allowed, plan, study=study, progress=progress)
     finalists, baselines, dense = _timed(bench, problem, record, finished, plan=plan, progress=progress)
     keeping = [contender for contender in finalists if not misses(bench, contender, limits)]
     return _Attempt(keeping, finalists, baselines, dense, record)
 
 
-def fastest(bench: Workbench, floor: Floor, *, plan: Plan, journal: Path, progress: Progress, steps: int = 5) -> Found:
+def fastest(bench: Workbench, floor: Floor, *, plan: Plan, progress: Progress, steps: int = 5) -> Found:
     """The fastest policy above `floor`, by bisection over the latency budget; judged on the selection data.
 
     Raises BudgetError when not even a hair's breadth below the dense model's latency keeps the floor.
@@ -171,7 +167,7 @@ def fastest(bench: Workbench, floor: Floor, *, plan: Plan, journal: Path, progre
     for step in range(steps):
         share = (low + high) / 2 if step else min(0.75, (low + high) / 2 + 0.1)
         budget = Budget((Limit("latency", share, relative=True, text=f"{100 * share:.1f}%"),))
-        found = pursue(bench, budget, plan=each, journal=journal, progress=progress, name=f"floor {budget.text}")
+        found = pursue(bench, budget, plan=each, progress=progress, name=f"floor {budget.text}")
         kept = _keeps_floor(bench, floor, found.chosen) and not misses(bench, found.chosen, found.limits)
         progress.note(f"latency {budget.text}: the floor {'holds' if kept else 'does not hold'} on the selection data")
         low, high = (low, share) if kept else (share, high)
@@ -211,10 +207,20 @@ def _aimed(bench: Workbench, limits: Mapping[Metric, float], progress: Progress)
     choices = list(dict.fromkeys(prior_starts(Problem(bench.space, bench.costs, limits, bench.priors)).values()))
     if not choices:
         return bench
-    progress.phase("aim", len(choices))
-    subject = bench.subject
+    near = bench.stages.timed("aim", lambda: _timed_near(bench, choices, progress))
+    progress.note(f"near the budget latency is {_off(bench, near):.3f} x the prediction; the table is fitted again")
+    return _corrected(bench, near)
 
-    def work() -> list[float]:
+
+def _timed_near(bench: Workbench, choices: Sequence[Choice], progress: Progress) -> list[tuple[Choice, float]]:
+    """`choices` with what share of the dense latency each takes: measured, or what was measured of the same choices
+    before, so that a search that is resumed, or shared, believes the same costs.
+    """
+    assert bench.table is not None
+    subject, run = bench.subject, bench.run
+
+    def measured() -> SharesTable:
+        progress.phase("aim", len(choices))
         stitcher = bench.stitcher
         models = [
             shape_only(subject.model, subject.anatomy, bench.space.options_of(choice), norms=stitcher.norms,
@@ -222,12 +228,12 @@ def _aimed(bench: Workbench, limits: Mapping[Metric, float], progress: Progress)
             for choice in choices
         ]  # fmt: skip
         _, timings = replace(bench.stopwatch, rounds=_AIM_ROUNDS).compare(models)
-        return [timing.ratio for timing in timings]
+        progress.step(len(choices))
+        return SharesTable(key=key, shares=tuple(timing.ratio for timing in timings))
 
-    near = list(zip(choices, bench.stages.timed("aim", work), strict=True))
-    progress.step(len(choices))
-    progress.note(f"near the budget latency is {_off(bench, near):.3f} x the prediction; the table is fitted again")
-    return _corrected(bench, near)
+    key = of_text(bench.table.key, bench.space, choices, "near 1")
+    found, _ = Kept("near", key, SharesTable).found_or_made(run, measured, note=progress.note)
+    return list(zip(choices, found.shares, strict=True))
 
 
 def _off(bench: Workbench, near: Sequence[tuple[Choice, float]]) -> float:
@@ -268,22 +274,26 @@ def _corrected(bench: Workbench, near: Sequence[tuple[Choice, float]], *, least:
 
 
 def _search(
-    bench: Workbench, limits: Mapping[Metric, float], plan: Plan, *, study: str, journal: Path, progress: Progress
+    bench: Workbench, limits: Mapping[Metric, float], plan: Plan, *, study: str, progress: Progress
 ) -> tuple[Problem, StudyRecord, tuple[Finished, ...]]:
     task = bench.subject.task
     problem = Problem(bench.space, bench.costs, limits, bench.priors)
     sampler = sampler_by_name(plan.sampler, problem, seed=task.seed)
     known = (bench.space, bench.subject.fingerprint, task.target.text, plan.sampler, task.seed, scorer.VERSION)
-    record = open_study(journal, problem, sampler=sampler, name=f"{study} [{of_text(*known)[:8]}]")
+    record = open_study(
+        bench.run.studies, problem, sampler=sampler, note=progress.note, name=f"{study} [{of_text(*known)[:8]}]"
+    )
     starts = baseline_choices(bench, problem)
     if not starts and not prior_starts(problem):
         raise BudgetError(f"budget {study}: no policy keeps all limits at once; loosen one of them")
     progress.phase("search", plan.trials)
-    bench.scorer.forget_best()
+    effort = Effort(plan.trials, plan.seconds, plan.engine.retries)
     finished = bench.stages.timed(
         "search",
-        lambda: run_search(problem, record, bench.scorer, trials=plan.trials, baselines=starts, seconds=plan.seconds,
-                           progress=progress),
+        lambda: run_search(
+            problem, record, bench.run.engine.lanes(bench.scorer), effort, baselines=starts, known=bench.known,
+            progress=progress,
+        ),
     )  # fmt: skip
     if not finished:
         raise BudgetError(f"budget {study}: no trial was finished; give more --trials or --seconds")
@@ -326,7 +336,9 @@ def _memory(bench: Workbench, model: nn.Module) -> int | None:
     if bench.costs.memory is None:
         return None
     task = bench.subject.task
-    found = resident(model, bench.subject.example, runtime=runtime(task.target.runtime), target=task.target)
+    found = bench.run.engine.measure(
+        resident, model, bench.subject.example, runtime=runtime(task.target.runtime), target=task.target
+    )
     return found.model_bytes
 
 

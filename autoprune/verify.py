@@ -17,11 +17,13 @@ from autoprune.core.budget import Metric
 from autoprune.core.policy import LatencyRecord, Measured, ScoreRecord
 from autoprune.core.target import Target
 from autoprune.data import Part
+from autoprune.engines.base import Engine
+from autoprune.engines.local import Local
 from autoprune.evaluators.base import Evaluator, Pooled
 from autoprune.evaluators.function import Function
 from autoprune.nest import first_tensor
 from autoprune.profile.clock import Timing, beside_the_dense, interleave
-from autoprune.runtimes.base import Runtime, Session
+from autoprune.runtimes.base import Runtime
 from autoprune.searching.scorer import outputs_of
 
 _CHUNK = 7
@@ -29,34 +31,29 @@ _CHUNK = 7
 
 @dataclass(frozen=True, slots=True)
 class Stopwatch:
-    """Times models on the target against the dense one."""
+    """Times models on the target against the dense one, wherever the engine says that the target is."""
 
     runtime: Runtime
     target: Target
     example: Tensor
-    dense: Session
+    model: nn.Module
+    engine: Engine
     seconds_each: float = 2.0
     rounds: int = 60
 
     @classmethod
-    def of(cls, model: nn.Module, runtime: Runtime, target: Target, *, example: Tensor) -> Stopwatch:
-        """Load the dense `model` once. `example` has the target's batch."""
-        return cls(runtime, target, example, runtime.load(model, example, target))
+    def of(
+        cls, model: nn.Module, runtime: Runtime, target: Target, *, example: Tensor, engine: Engine | None = None
+    ) -> Stopwatch:
+        """Against the dense `model`. `example` has the target's batch; without an engine it is this machine."""
+        return cls(runtime, target, example, model, engine or Local())
 
     def compare(self, models: Sequence[nn.Module], *, seed: int = 0) -> tuple[Timing, tuple[Timing, ...]]:
         """Timings of the dense model and of `models`, all in turns (in chunks, to bound memory)."""
-        timings: list[Timing] = []
-        dense: list[Timing] = []
-        together = beside_the_dense(max(map(size_bytes, models), default=0), _CHUNK)
-        for start in range(0, max(len(models), 1), together):
-            chunk = [self.runtime.load(model, self.example, self.target) for model in models[start : start + together]]
-            budget = self.seconds_each * (len(chunk) + 1)
-            first, *others = interleave(
-                [self.dense, *chunk], rounds=self.rounds, seconds_budget=budget, seed=seed + start
-            )
-            dense.append(first)
-            timings.extend(others)
-        return _joined(dense), tuple(timings)
+        return self.engine.measure(
+            _compared, self.runtime, self.target, self.example, self.model, models, seed=seed, rounds=self.rounds,
+            seconds_each=self.seconds_each,
+        )  # fmt: skip
 
     def agreement(self, model: nn.Module) -> float:
         """Largest difference between the runtime's output and torch's, over the largest output."""
@@ -65,6 +62,23 @@ class Stopwatch:
             wanted = first_tensor(outputs_of(model, [self.example]))
         got = torch.from_numpy(session.run(self.example.numpy()))
         return float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6))
+
+
+def _compared(
+    runtime: Runtime, target: Target, example: Tensor, model: nn.Module, models: Sequence[nn.Module], *, seed: int,
+    rounds: int, seconds_each: float,
+) -> tuple[Timing, tuple[Timing, ...]]:  # fmt: skip
+    reference = runtime.load(model, example, target)
+    timings: list[Timing] = []
+    dense: list[Timing] = []
+    together = beside_the_dense(max(map(size_bytes, models), default=0), _CHUNK)
+    for start in range(0, max(len(models), 1), together):
+        chunk = [runtime.load(other, example, target) for other in models[start : start + together]]
+        budget = seconds_each * (len(chunk) + 1)
+        first, *others = interleave([reference, *chunk], rounds=rounds, seconds_budget=budget, seed=seed + start)
+        dense.append(first)
+        timings.extend(others)
+    return _joined(dense), tuple(timings)
 
 
 def _joined(timings: Sequence[Timing]) -> Timing:

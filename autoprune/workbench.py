@@ -7,8 +7,7 @@ Knows nothing of budgets.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,8 +20,9 @@ from autoprune.bank.calibrate import CalibrationSettings
 from autoprune.bank.depth import observe_runs
 from autoprune.bank.stitch import Stitcher
 from autoprune.core.cost import LatencyTable
-from autoprune.core.space import Space
+from autoprune.core.space import Choice, Space
 from autoprune.costing import Stages, arithmetic_of
+from autoprune.engines.base import Score
 from autoprune.errors import TargetError
 from autoprune.evaluators.divergence import class_dim
 from autoprune.methods import method
@@ -34,6 +34,7 @@ from autoprune.profile.cost_model import CostModel
 from autoprune.profile.forms import with_forms
 from autoprune.progress import Progress
 from autoprune.recover.refit import Reference, RefitSettings
+from autoprune.run import Run
 from autoprune.runtimes import runtime
 from autoprune.searching.measured_prior import one_at_a_time
 from autoprune.searching.scorer import Scorer, Selection
@@ -64,19 +65,22 @@ class Workbench:
     stages: Stages
     files: FileFormat
     """The file that a budget on size is about."""
+    run: Run
+    known: dict[Choice, Score] = field(default_factory=dict)
+    """The full scores of choices, for every budget."""
 
 
 def prepare(
-    subject: Subject, space: Space, costs: CostModel, table: LatencyTable | None, *, folder: Path, stages: Stages,
+    subject: Subject, space: Space, costs: CostModel, table: LatencyTable | None, *, run: Run, stages: Stages,
     progress: Progress,
 ) -> Workbench:  # fmt: skip
     """Calibrate, rank, estimate harm: the rest of what every budget shares."""
     task, model = subject.task, subject.model
     samples = subject.samples
     batches = batches_of(subject, task.data.calibration_inputs[: samples.calibrate])
-    bank, key = stages.timed("bank", lambda: _bank(subject, batches, folder, progress))
+    bank, key = stages.timed("bank", lambda: _bank(subject, batches, run, progress))
     anchor = Anchor.of(model, batches_of(subject, task.data.calibration_inputs[: samples.recalibrate]))
-    arithmetic = arithmetic_of(subject, space, folder, progress)
+    arithmetic = arithmetic_of(subject, space, run.folder, progress)
     stitcher = Stitcher(model, subject.anatomy, bank, anchor=anchor, arithmetic=arithmetic)
     inputs, targets = (
         tensor[: samples.select] for tensor in (subject.parts.selection.inputs, subject.parts.selection.targets)
@@ -88,7 +92,7 @@ def prepare(
     storage = stages.timed("storage", lambda: storage_of(stitcher, space, architecture, files))
     costs = CostModel(architecture, space, table, storage=storage, memory=costs.memory)
     priors = stages.timed(
-        "priors", lambda: _priors(subject, space, stitcher, selection, folder=folder, key=key, progress=progress)
+        "priors", lambda: _priors(subject, space, stitcher, selection, run=run, key=key, progress=progress)
     )
     blocks = subject.anatomy.blocks
     fine = RefitSettings(patches=samples.patches * 3 // 2)
@@ -98,7 +102,7 @@ def prepare(
         subject, space, costs, table, bank, priors, stitcher, selection, Scorer(stitcher, space, selection),
         Reference.of(model, few, blocks=blocks, settings=fine),
         Reference.of(model, batches, blocks=blocks, settings=fine),
-        Stopwatch.of(model, engine, task.target, example=subject.example), stages, files,
+        Stopwatch.of(model, engine, task.target, example=subject.example, engine=run.engine), stages, files, run,
     )  # fmt: skip
 
 
@@ -114,7 +118,7 @@ def _file_format(subject: Subject, norms: Mapping[str, str], progress: Progress)
     return files
 
 
-def _bank(subject: Subject, batches: tuple[Tensor, ...], folder: Path, progress: Progress) -> tuple[Bank, str]:
+def _bank(subject: Subject, batches: tuple[Tensor, ...], run: Run, progress: Progress) -> tuple[Bank, str]:
     """The bank, read from the run folder when it was made from the same weights, data and methods."""
     task, samples = subject.task, subject.samples
     chosen = [choice.method for choice in task.spec.weights if choice.patterns != ("",)]
@@ -126,7 +130,7 @@ def _bank(subject: Subject, batches: tuple[Tensor, ...], folder: Path, progress:
     versions = [(name, method(name).version) for name in names]
     data = of_tensors([("x", task.data.calibration_inputs), ("y", task.data.calibration_targets)])
     key = of_text(subject.fingerprint, data, versions, settings, samples, subject.anatomy.units, "bank 5")
-    path = folder / "bank" / f"{key[:16]}.safetensors"
+    path = run.folder / "bank" / f"{key[:16]}.safetensors"
     norms = norms_after(subject.model, batches[0][:2])
     moments = store.Moments(path.parent, key, memory_bytes=task.bank_memory, progress=progress)
     tensors = store.load_tensors(path, key=key)
@@ -149,12 +153,14 @@ def _bank(subject: Subject, batches: tuple[Tensor, ...], folder: Path, progress:
         subject.model, subject.anatomy, CalibrationData(batches, targets), others=tuple(runs),
         settings=replace(settings, memory_bytes=task.bank_memory), progress=progress, keep=moments.keep,
     )  # fmt: skip
+    pieces = store.Pieces(path.with_suffix(".orders"), key, run.engine.each)
     orders = rank(
         subject.model, subject.anatomy, statistics, norms=norms, methods=names, targets=torch.cat(targets),
-        seed=task.seed, progress=progress,
+        seed=task.seed, progress=progress, each=pieces,
     )  # fmt: skip
     bank = Bank(statistics, orders, norms, runs)
     store.save_tensors(path, store.pack(bank), {"key": key})
+    pieces.forget()
     return bank, key
 
 
@@ -191,30 +197,32 @@ def _ranked_only(space: Space, bank: Bank, stitcher: Stitcher, progress: Progres
 
 
 def _priors(
-    subject: Subject, space: Space, stitcher: Stitcher, selection: Selection, *, folder: Path, key: str,
+    subject: Subject, space: Space, stitcher: Stitcher, selection: Selection, *, run: Run, key: str,
     progress: Progress,
 ) -> dict[str, Harms]:  # fmt: skip
     """Additive harm of every option by each prior, kept beside the bank."""
     data = of_tensors([("x", subject.parts.selection.inputs), ("y", subject.parts.selection.targets)])
     key = of_text(key, space, data, subject.samples, "priors 5")
-    path = folder / "bank" / f"priors-{key[:16]}.safetensors"
+    path = run.folder / "bank" / f"priors-{key[:16]}.safetensors"
     stored = store.load_tensors(path, key=key)
     count = subject.samples.probe
     names = ["reconstruction", "second_order", *(["one_at_a_time"] if count else [])]
     if stored is not None:
         return {name: [stored[f"{name}/{unit}"].numpy() for unit in range(len(space.entries))] for name in names}
+    pieces = store.Pieces(path.with_suffix(".harms"), key, run.engine.each)
     priors: dict[str, Harms] = local_harms(
         space, stitcher.bank, subject.model, anatomy=subject.anatomy, editor=stitcher.editor,
-        resized=_resized_harms(subject, space, stitcher),
+        resized=_resized_harms(subject, space, stitcher), each=run.engine.each,
     )  # fmt: skip
     if count:
         few = selection.first(batches_of(subject, subject.parts.selection.inputs[:count]))
         small = Anchor.of(subject.model, batches_of(subject, subject.task.data.calibration_inputs[:count]))
         probe = Stitcher(subject.model, subject.anatomy, stitcher.bank, anchor=small, arithmetic=stitcher.arithmetic)
         shape = priors["reconstruction"]
-        priors["one_at_a_time"] = one_at_a_time(space, probe, few, shape=shape, progress=progress)
+        priors["one_at_a_time"] = one_at_a_time(space, probe, few, shape=shape, progress=progress, each=pieces)
     tensors = {f"{name}/{unit}": torch.from_numpy(row) for name in names for unit, row in enumerate(priors[name])}
     store.save_tensors(path, tensors, {"key": key})
+    pieces.forget()
     return priors
 
 

@@ -90,7 +90,9 @@ ALL_FLAGS = """
     --model a.py:m --data a.py:d --weights w.pt --metric a.py:f --lower-is-better -b 3ms,5ms -b 2MB --max-drop 1%
     --size packed --max-loss 12.5 --space mine.yaml --protect a* --protect b --runtime torch --device cuda
     --precision float16 --threads 2 --batch 4 --example 1,3,8,8 --trials 9 --seconds 3.5 --seed 7 --sampler tpe
-    --finalists 2 --no-refit --bank-memory 1GB --run here
+    --finalists 2 --no-refit --bank-memory 1GB --run here --engine ray --workers 5 --retries 1
+    --storage sqlite:///s.db --ray-address auto --ray-cpus 2 --ray-gpus 0.25 --ray-target-wait 9 --ray-asha
+    --ray-population 4 --ray-callback m:C
 """
 
 
@@ -125,6 +127,19 @@ def test_every_flag_reaches_the_configuration(api: Api) -> None:
             "finalists": 2,
             "bank_memory": 1_000_000_000,
             "refit": False,
+            "engine": "ray",
+            "workers": 5,
+            "retries": 1,
+            "storage": "sqlite:///s.db",
+        },
+        "ray": {
+            "address": "auto",
+            "cpus": 2.0,
+            "gpus": 0.25,
+            "target_wait": 9.0,
+            "asha": True,
+            "population": 4,
+            "callbacks": ("m:C",),
         },
         "run": "here",
     }

@@ -11,7 +11,7 @@ from autoprune.progress import TrialSeen
 
 
 def seen(number: int, *, total: int = 100, baseline: float | None = 0.4) -> TrialSeen:
-    return TrialSeen(number, total, "budget", 0.5, 0.3, baseline)
+    return TrialSeen(total - number, number + 1, total, "budget", 0.5, 0.3, baseline)
 
 
 def test_lines_are_few() -> None:
@@ -46,7 +46,7 @@ def test_bars_draw_on_a_terminal() -> None:
 def test_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
     display = JsonLines()
     display.phase("search", 10)
-    display.trial(TrialSeen(0, 10, "uniform", float("nan"), float("inf"), None))
+    display.trial(TrialSeen(3, 1, 10, "uniform", float("nan"), float("inf"), None))
     display.result({"outcomes": []})
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [event["event"] for event in events] == ["phase", "trial", "result"]

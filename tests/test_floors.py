@@ -45,6 +45,8 @@ LEVELS: dict[str, int] = {
     "goal": 6,
     "subject": 6,
     "run_folder": 4,
+    "engines": 6,
+    "run": 7,
     "storage": 7,
     "costing": 7,
     "coverage": 7,
@@ -156,7 +158,8 @@ def test_sources_run_without_the_rest() -> None:
 
 
 def test_heavy_packages_live_behind_their_walls() -> None:
-    assert importers("ray") == []
+    assert all(name.startswith("engines/ray/") for name in importers("ray"))
+    assert importers("cloudpickle") == ["engines/freight.py"]
     assert set(importers("rich")) <= {"display.py", "report/text.py"}
     assert all(name.startswith("searching/") or name == "api.py" for name in importers("optuna"))
     assert all(name.startswith("runtimes/") for name in importers("onnxruntime"))

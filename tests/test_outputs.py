@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from autoprune.core.unit import Option
 from autoprune.data import Part
+from autoprune.engines.base import Best
 from autoprune.errors import DataError, ModelError
 from autoprune.evaluators.divergence import class_dim, divergence, heads_of, total_divergence
 from autoprune.evaluators.function import Function
@@ -234,11 +235,12 @@ def test_early_stopping_compares_pairs_over_several_heads() -> None:
     asked = scorer.Scorer(FakeStitcher({"good": good, "bad": bad}), FakeSpace(), selection)  # type: ignore[arg-type]
     first = asked(("good",), None)  # type: ignore[arg-type]
     assert (first.samples, first.pruned) == (1000, False)
-    second = asked(("bad",), first.value)  # type: ignore[arg-type]
-    assert (second.samples, second.pruned) == (128, True)
-    asked.forget_best()
-    whole = asked(("bad",), first.value)  # type: ignore[arg-type]
-    assert (whole.samples, whole.pruned) == (1000, False)
+    assert first.seen is not None
+    second = asked(("bad",), Best(first.value, first.seen))  # type: ignore[arg-type]
+    assert (second.samples, second.pruned, second.seen) == (128, True, None)
+    for best in (None, Best(first.value)):  # nothing to compare with, sample by sample
+        whole = asked(("bad",), best)  # type: ignore[arg-type]
+        assert (whole.samples, whole.pruned) == (1000, False)
     assert second.value == pytest.approx(float(selection.divergences(bad)[:128].mean()))
 
 

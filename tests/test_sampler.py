@@ -5,10 +5,12 @@ import optuna
 import pytest
 from search_problems import divergence, divergences, every_choice, toy_problem, toy_space
 
+from autoprune.engines.base import Score
+from autoprune.engines.local import Here
 from autoprune.errors import BudgetError, ConfigError
-from autoprune.searching.engine import Score, run_search
 from autoprune.searching.fit import Tables
 from autoprune.searching.harm_model import features, fit_harm_model
+from autoprune.searching.loop import Effort, run_search
 from autoprune.searching.proposals import perturb, swap
 from autoprune.searching.sampler import MOVES, BudgetSampler, prior_starts
 from autoprune.searching.samplers import sampler_by_name
@@ -24,7 +26,7 @@ def searched(problem, truth, folder, *, trials, name="budget", seed=0):
         seen.append(choice)
         return Score(divergence(problem, truth, choice), 64)
 
-    results = run_search(problem, record, evaluate, trials=trials)
+    results = run_search(problem, record, Here(evaluate), Effort(trials))
     return seen, [trial.user_attrs["origin"] for trial in record.trials()], results
 
 

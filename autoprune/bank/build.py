@@ -19,13 +19,14 @@ from autoprune.bank.depth import Run
 from autoprune.bank.mend import solve
 from autoprune.bank.sparse import Editor
 from autoprune.bank.views import centred, energies, input_matrix, unit_view
-from autoprune.core.space import Space
-from autoprune.core.unit import Option
+from autoprune.core.space import Space, UnitOptions
+from autoprune.core.unit import Option, Unit
+from autoprune.engines.base import Each, EachTensor, one_by_one
 from autoprune.methods import method
 from autoprune.methods.base import Consumer, Method, Need, UnitView, order_by
 from autoprune.methods.compensate import gone_alone, nested_errors
 from autoprune.methods.l2 import l2_scores
-from autoprune.model.coupling import CONVOLUTIONS
+from autoprune.model.coupling import CONVOLUTIONS, Group
 from autoprune.model.cut import Kept
 from autoprune.model.discover import Anatomy
 from autoprune.model.flow import norm_scale
@@ -79,38 +80,63 @@ def observe(
     )
 
 
-def rank(
+def rank(  # noqa: PLR0913 (all that methods may look at, and who does the work)
     model: nn.Module, anatomy: Anatomy, statistics: Mapping[str, LayerStatistics], *, norms: Mapping[str, str],
-    methods: Sequence[str], targets: Tensor, seed: int, progress: Progress,
+    methods: Sequence[str], targets: Tensor, seed: int, progress: Progress, each: EachTensor = one_by_one,
 ) -> dict[str, dict[str, Tensor]]:  # fmt: skip
-    """Removal orders of every channel unit by every method."""
-    criteria: dict[str, Method] = {name: method(name) for name in methods}
-    needs: set[Need] = {need for criterion in criteria.values() for need in criterion.needs}
-    progress.phase("bank", len(anatomy.groups))
-    orders: dict[str, dict[str, Tensor]] = {}
-    for index, group in enumerate(anatomy.groups):
-        view = unit_view(group, model, statistics, norms=norms, needs=needs, targets=targets)
-        generator = torch.Generator().manual_seed(seed * 104729 + index)
-        if not group.on("in"):
-            orders[group.root] = _unwatched(view, criteria, generator)
-        else:
-            orders[group.root] = {
-                name: criterion.removal_order(_without_moments(view, criterion), generator)
-                for name, criterion in criteria.items()
-                if "moments" not in criterion.needs or all(c.moments is not None for c in view.consumers)
-            }
+    """Removal orders of every channel unit by every method; every pair of them is a piece of work of its own."""
+    criteria = {name: method(name) for name in methods}
+    ranker = Ranker(model, anatomy.groups, statistics, norms, criteria, targets, seed)
+    pairs = [(index, name) for index in range(len(anatomy.groups)) for name in methods]
+    progress.phase("bank", len(pairs))
+    orders: dict[str, dict[str, Tensor]] = {group.root: {} for group in anatomy.groups}
+    for (index, name), order in zip(pairs, each(Ranker.order, ranker, pairs), strict=True):
+        if len(order):
+            orders[anatomy.groups[index].root][name] = order
         progress.step()
     return orders
 
 
-def _unwatched(view: UnitView, criteria: Mapping[str, Method], generator: torch.Generator) -> dict[str, Tensor]:
-    """Orders of a unit that bare parameters alone read (the inner width of a recurrent network): methods that need to
-    see the channels at work fall back to the order of `l2`.
+@dataclass(slots=True)
+class Ranker:
+    """Ranks one unit by one method at a time; remembers how it saw the unit last."""
+
+    model: nn.Module
+    groups: Sequence[Group]
+    statistics: Mapping[str, LayerStatistics]
+    norms: Mapping[str, str]
+    criteria: Mapping[str, Method]
+    targets: Tensor
+    seed: int
+    _last: tuple[int, UnitView] | None = None
+
+    def order(self, pair: tuple[int, str]) -> Tensor:
+        """The removal order of the unit at an index by the method of a name, (width,); (0,) where its layers are too
+        wide for what the method needs.
+        """
+        index, name = pair
+        view, criterion = self._view(index), self.criteria[name]
+        generator = torch.Generator().manual_seed(self.seed * 104729 + index)
+        if not self.groups[index].on("in"):
+            return _unwatched(view, criterion, generator)
+        if "moments" in criterion.needs and any(consumer.moments is None for consumer in view.consumers):
+            return torch.empty(0, dtype=torch.int64)
+        return criterion.removal_order(_without_moments(view, criterion), generator)
+
+    def _view(self, index: int) -> UnitView:
+        if self._last is None or self._last[0] != index:
+            needs: set[Need] = {need for criterion in self.criteria.values() for need in criterion.needs}
+            group = self.groups[index]
+            view = unit_view(group, self.model, self.statistics, norms=self.norms, needs=needs, targets=self.targets)
+            self._last = (index, view)
+        return self._last[1]
+
+
+def _unwatched(view: UnitView, criterion: Method, generator: torch.Generator) -> Tensor:
+    """The order of a unit that bare parameters alone read (the inner width of a recurrent network): methods that need
+    to see the channels at work fall back to the order of `l2`.
     """
-    return {
-        name: order_by(l2_scores(view)) if criterion.needs else criterion.removal_order(view, generator)
-        for name, criterion in criteria.items()
-    }
+    return order_by(l2_scores(view)) if criterion.needs else criterion.removal_order(view, generator)
 
 
 def _without_moments(view: UnitView, criterion: Method) -> UnitView:
@@ -127,51 +153,68 @@ def _without_moments(view: UnitView, criterion: Method) -> UnitView:
 
 def local_harms(
     space: Space, bank: Bank, model: nn.Module, *, anatomy: Anatomy, editor: Editor,
-    resized: Mapping[int, float] | None = None,
+    resized: Mapping[int, float] | None = None, each: Each = one_by_one,
 ) -> dict[str, Harms]:  # fmt: skip
     """Two priors from calibration alone, for every option of `space`. `resized` is the relative squared error of the
-    model's outputs for each smaller height of its input: what no layer's own inputs say.
+    model's outputs for each smaller height of its input: what no layer's own inputs say. Every unit is a piece of work.
 
     `reconstruction`: squared error of the consumers' outputs over their dense energy, summed over consumers (a dropped
     block loses all of its last layer's output: 1; with branches inside it, all that these lose). `second_order`: the
     same error weighted by the Fisher information of each output (the second-order Taylor term of the loss with a
     diagonal Hessian).
     """
-    empty = torch.zeros(1, dtype=torch.int64)
-    harms: dict[str, Harms] = {"reconstruction": [], "second_order": []}
-    for entry in space.entries:
+    estimator = LocalHarm(space, bank, model, anatomy, editor, resized or {})
+    found = list(each(LocalHarm.of, estimator, range(len(space.entries))))
+    return {"reconstruction": [row[0] for row in found], "second_order": [row[1] for row in found]}
+
+
+@dataclass(frozen=True, slots=True)
+class LocalHarm:
+    """What each option of a unit does to the layers around it."""
+
+    space: Space
+    bank: Bank
+    model: nn.Module
+    anatomy: Anatomy
+    editor: Editor
+    resized: Mapping[int, float]
+
+    def of(self, index: int) -> NDArray[np.float64]:
+        """Relative and Fisher-weighted harm of the options of the unit at `index`: (2, options)."""
+        entry = self.space.entries[index]
         local = np.zeros((2, len(entry.options)))
-        if entry.unit.narrows:
-            view = unit_view(
-                anatomy.group(entry.unit.name),
-                model,
-                bank.statistics,
-                norms=bank.norms,
-                needs={"moments"},
-                targets=empty,
-            )
-            seen = [bank.statistics.get(consumer.name) for consumer in view.consumers]
-            fishers = [None if each is None else each.output_fisher for each in seen]
-            means = [1.0 if each is None else _mean_square(each) for each in seen]
-            local[:, 1:] = _narrowed(view, bank.orders[entry.unit.name], fishers, entry.options[1:], fallback=means)
-        elif entry.unit.kind == "resolution":
-            last = _last_layer([layer.name for layer in anatomy.architecture.layers], bank)
-            shares = np.asarray([(resized or {})[option.keep] for option in entry.options[1:]])
-            local[:, 1:] = np.outer([1.0, _whole(last, bank, model) if last else 1.0], shares)
-        elif entry.unit.kind == "kernel":
-            for index, option in enumerate(entry.options[1:], start=1):
-                local[:, index] = _kernel_errors(bank, model, layer=entry.unit.layers[0], option=option)
-        elif entry.unit.kind == "weights":
-            if len(entry.options) > 1:
-                local[:, 1:] = _edit_errors(editor, bank, model, layer=entry.unit.layers[0], options=entry.options[1:])
-        else:
-            inside = [u for u in space.units if u.kind == "block" and u.parent == entry.unit.name]
-            ends = [_last_layer(unit.layers, bank) for unit in inside or (entry.unit,)]
-            harm = sum(_whole(last, bank, model) if last else 1.0 for last in ends)
-            local[:, 1:] = np.array([[float(len(ends))], [harm]])
-        harms["reconstruction"].append(local[0])
-        harms["second_order"].append(local[1])
-    return harms
+        if len(entry.options) > 1:
+            local[:, 1:] = self._changed(entry)
+        return local
+
+    def _changed(self, entry: UnitOptions) -> NDArray[np.float64]:
+        bank, model, unit, options = self.bank, self.model, entry.unit, entry.options[1:]
+        if unit.narrows:
+            return self._when_narrowed(unit, options)
+        if unit.kind == "resolution":
+            last = _last_layer([layer.name for layer in self.anatomy.architecture.layers], bank)
+            shares = np.asarray([self.resized[option.keep] for option in options])
+            return np.outer([1.0, _whole(last, bank, model) if last else 1.0], shares)
+        if unit.kind == "kernel":
+            errors = [_kernel_errors(bank, model, layer=unit.layers[0], option=option) for option in options]
+            return np.asarray(errors).T
+        if unit.kind == "weights":
+            return _edit_errors(self.editor, bank, model, layer=unit.layers[0], options=options)
+        inside = [other for other in self.space.units if other.kind == "block" and other.parent == unit.name]
+        ends = [_last_layer(part.layers, bank) for part in inside or (unit,)]
+        harm = sum(_whole(last, bank, model) if last else 1.0 for last in ends)
+        return np.array([[float(len(ends))], [harm]])
+
+    def _when_narrowed(self, unit: Unit, options: Sequence[Option]) -> NDArray[np.float64]:
+        bank = self.bank
+        view = unit_view(
+            self.anatomy.group(unit.name), self.model, bank.statistics, norms=bank.norms, needs={"moments"},
+            targets=torch.zeros(1, dtype=torch.int64),
+        )  # fmt: skip
+        seen = [bank.statistics.get(consumer.name) for consumer in view.consumers]
+        fishers = [None if each is None else each.output_fisher for each in seen]
+        means = [1.0 if each is None else _mean_square(each) for each in seen]
+        return _narrowed(view, bank.orders[unit.name], fishers, options, fallback=means)
 
 
 def _kernel_errors(bank: Bank, model: nn.Module, *, layer: str, option: Option) -> tuple[float, float]:

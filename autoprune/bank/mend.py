@@ -46,6 +46,10 @@ class Mender:
         self._held = 0
         self._memory_bytes = memory_bytes
 
+    def __getstate__(self) -> dict[str, object]:
+        """Without what it remembers: that is made again where it is needed."""
+        return vars(self) | {"_solved": OrderedDict(), "_held": 0}
+
     def mend(self, name: str, kept: Kept, run: Run | None = None) -> Solution | None:
         """New weights of layer `name` reading what is `kept`, in the place of the blocks of `run` too.
 

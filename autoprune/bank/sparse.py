@@ -165,6 +165,10 @@ class Editor:
         self._held = 0
         self._memory_bytes = memory_bytes
 
+    def __getstate__(self) -> dict[str, object]:
+        """Without what it remembers: that is made again where it is needed."""
+        return vars(self) | {"_done": OrderedDict(), "_held": 0}
+
     def can_edit(self, name: str) -> bool:
         """Whether the second moments of a layer's inputs are known."""
         statistics = self._statistics.get(name)

@@ -5,7 +5,8 @@ Second moments, which are most of it, have a file for each layer; they are read 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import final
 from urllib.parse import quote
@@ -19,8 +20,11 @@ from autoprune.bank.build import Bank
 from autoprune.bank.calibrate import LayerStatistics
 from autoprune.bank.depth import Run
 from autoprune.core.budget import shown
+from autoprune.engines.base import EachTensor, Item, Shared
 from autoprune.files import write_bytes
 from autoprune.progress import Progress
+
+_SAVE_EVERY_S = 5.0
 
 _FIELDS = ("mean", "diagonal", "mean_abs", "zero_share", "per_sample", "taylor", "output_fisher")
 
@@ -42,6 +46,37 @@ def load_tensors(path: Path, *, key: str) -> dict[str, Tensor] | None:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError):
         return None
+
+
+@final
+class Pieces:
+    """Work in many pieces whose results are kept as they come in: what a killed process had done is not done again."""
+
+    def __init__(self, path: Path, key: str, each: EachTensor, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path = path
+        self._key = key
+        self._each = each
+        self._clock = clock
+
+    def __call__(
+        self, work: Callable[[Shared, Item], Tensor], shared: Shared, items: Sequence[Item]
+    ) -> Iterator[Tensor]:
+        """`work(shared, item)` of every item, in their order; what the file has of them is read."""
+        done = load_tensors(self._path, key=self._key) or {}
+        missing = [item for item in items if str(item) not in done]
+        results = self._each(work, shared, missing)
+        saved = self._clock()
+        for item in items:
+            if str(item) not in done:
+                done[str(item)] = next(results)
+                if self._clock() - saved > _SAVE_EVERY_S:
+                    save_tensors(self._path, done, {"key": self._key})
+                    saved = self._clock()
+            yield done[str(item)]
+
+    def forget(self) -> None:
+        """Remove the file: the whole is kept elsewhere."""
+        self._path.unlink(missing_ok=True)
 
 
 @final

@@ -99,3 +99,12 @@ class LatencyTable(BaseModel):
     """What it was fitted to."""
     correction: float = 1.0
     """Factor learnt by verification: measured over predicted near the chosen policy."""
+
+
+class SharesTable(BaseModel):
+    """What shares of the dense model's latency some choices take, in an order that whoever asked for them knows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: str
+    shares: tuple[float, ...]

@@ -1,12 +1,16 @@
 """What the finished trials of a study teach a sampler: what was tried, what was best, which moves paid.
 
-Everything here follows from the trials alone, so a search that is resumed goes on as it would have.
+Everything here follows from the trials alone, learnt in the order in which they ended, so a search that is resumed
+goes on as it would have. Reading costs what is new and what runs, not what was read before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState
@@ -59,23 +63,58 @@ class History:
     elites: list[Seen] = field(default_factory=list)
     credits: dict[str, Credit] = field(default_factory=dict)
     tried: set[Choice] = field(default_factory=set)
+    running: dict[int, Choice] = field(default_factory=dict)
     origins: dict[str, Seen] = field(default_factory=dict)
-    _read: set[int] = field(default_factory=set)
+    _solved: dict[str, Seen] = field(default_factory=dict)  # by prior, the best trial with weights
+    _held: Counter[Choice] = field(default_factory=Counter)  # what runs, by how many trials
+    _unfinished: list[int] = field(default_factory=list)
+    _next: int = 0  # the first trial that was never looked at
 
-    def read(self, trials: Iterable[FrozenTrial]) -> None:
-        """Take in the trials that were not read yet. Running ones are only remembered as tried."""
-        for trial in trials:
-            if trial.number not in self._read:
-                self._take(trial)
+    def read(self, trials: Sequence[FrozenTrial]) -> None:
+        """Take in what is new in all trials of the study, in order of number; running ones are only held."""
+        looked_at = [trials[number] for number in self._unfinished]
+        self._unfinished, ended = [], []
+        for trial in chain(looked_at, islice(trials, self._next, None)):
+            if trial.state.is_finished():
+                ended.append(trial)
+            else:
+                self._unfinished.append(trial.number)
+                self._hold(trial)
+        self._next = len(trials)
+        for trial in sorted(ended, key=_when):
+            self._take(trial)
 
-    def _take(self, trial: FrozenTrial) -> None:
-        if trial.state.is_finished():
-            self._read.add(trial.number)
+    def known(self, choice: Choice) -> bool:
+        """Whether a choice was tried or is running."""
+        return choice in self.tried or choice in self._held
+
+    def _hold(self, trial: FrozenTrial) -> None:
+        if trial.number in self.running:
+            return
+        choice = self._choice(trial)
+        if choice is not None:
+            self.running[trial.number] = choice
+            self._held[choice] += 1
+
+    def _release(self, number: int) -> None:
+        choice = self.running.pop(number, None)
+        if choice is not None:
+            self._held[choice] -= 1
+            if not self._held[choice]:
+                del self._held[choice]
+
+    def _choice(self, trial: FrozenTrial) -> Choice | None:
         names = self.problem.space.names
         if any(name not in trial.params for name in names):
-            return
+            return None
         row = as_row(tuple(trial.params[name] for name in names))
-        choice = as_choice(self.problem.structure.normal(row)[0])
+        return as_choice(self.problem.structure.normal(row)[0])
+
+    def _take(self, trial: FrozenTrial) -> None:
+        choice = self.running.get(trial.number) or self._choice(trial)
+        self._release(trial.number)
+        if choice is None:
+            return
         if trial.user_attrs.get("reason") != "interrupted":
             self.tried.add(choice)
         value = trial.value if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) else None
@@ -97,7 +136,9 @@ class History:
         self.results.append(seen)
         self.origins.setdefault(seen.origin, seen)
         if seen.full:
-            self.elites = sorted([*self.elites, seen], key=lambda other: (other.value, other.number))[:ELITES]
+            if seen.prior is not None and seen.weights is not None:
+                self._solved[seen.prior] = min(self._solved.get(seen.prior, seen), seen, key=_rank)
+            self.elites = sorted([*self.elites, seen], key=_rank)[:ELITES]
 
     def prior_values(self) -> Mapping[str, float]:
         """The value of each prior's own solution, for those that were scored."""
@@ -106,12 +147,21 @@ class History:
 
     def best_weights(self, prior: str) -> Floats:
         """The weights that gave the best trial solved on `prior` (units,); zeros when that was the prior itself."""
-        solved = [seen for seen in self.results if seen.full and seen.prior == prior and seen.weights is not None]
-        best = min(solved, key=lambda seen: (seen.value, seen.number), default=None)
+        best = self._solved.get(prior)
         start = self.origins.get(f"prior:{prior}")
         if best is None or best.weights is None or (start is not None and start.value <= best.value):
             return np.zeros(len(self.problem.structure.sizes))
         return np.array(best.weights)
+
+
+def _rank(seen: Seen) -> tuple[float, int]:
+    """Better ones first, of equal ones the earlier."""
+    return seen.value, seen.number
+
+
+def _when(trial: FrozenTrial) -> tuple[float, int]:
+    """Earlier ended ones first."""
+    return math.inf if trial.datetime_complete is None else trial.datetime_complete.timestamp(), trial.number
 
 
 def _seen(trial: FrozenTrial, choice: Choice, *, value: float, full: bool) -> Seen:

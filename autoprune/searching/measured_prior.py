@@ -8,32 +8,57 @@ models: one of a portfolio.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from autoprune.bank.stitch import Stitcher
 from autoprune.core.space import Space
+from autoprune.engines.base import EachTensor, one_by_one
 from autoprune.progress import Progress
 from autoprune.searching.scorer import Selection
 
 
 def one_at_a_time(
-    space: Space, stitcher: Stitcher, selection: Selection, *, shape: Sequence[NDArray[np.float64]], progress: Progress
-) -> list[NDArray[np.float64]]:
-    """Divergence of every option alone, (options,) a unit: measured at one, scaled along `shape` for the others."""
+    space: Space, stitcher: Stitcher, selection: Selection, *, shape: Sequence[NDArray[np.float64]],
+    progress: Progress, each: EachTensor = one_by_one,
+) -> list[NDArray[np.float64]]:  # fmt: skip
+    """Divergence of every option alone, (options,) a unit: measured at one, scaled along `shape` for the others. Every
+    unit is a piece of work of its own.
+    """
     progress.phase("one at a time", len(space.entries))
-    harms = []
-    for unit, entry in enumerate(space.entries):
-        harm = np.array(shape[unit], dtype=np.float64)
-        if len(entry.options) > 1:
-            probe = _middle(entry.unit.width, [option.keep for option in entry.options], harm)
-            candidate = stitcher.build({entry.unit.name: entry.options[probe]})
-            measured = float(selection.divergences(candidate.model).mean())
-            harm = harm * (max(measured, 1e-9) / max(float(harm[probe]), 1e-12))
-        harms.append(harm)
+    changed = [unit for unit, entry in enumerate(space.entries) if len(entry.options) > 1]
+    probe = Probe(space, stitcher, selection, shape)
+    harms = [np.array(row, dtype=np.float64) for row in shape]
+    progress.step(len(space.entries) - len(changed))
+    for unit, measured in zip(changed, each(Probe.divergence, probe, changed), strict=True):
+        at = max(float(harms[unit][probe.option(unit)]), 1e-12)
+        harms[unit] = harms[unit] * (max(float(measured), 1e-9) / at)
         progress.step()
     return harms
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Changes one unit alone."""
+
+    space: Space
+    stitcher: Stitcher
+    selection: Selection
+    shape: Sequence[NDArray[np.float64]]
+
+    def option(self, unit: int) -> int:
+        """The option that a unit is measured at."""
+        entry = self.space.entries[unit]
+        return _middle(entry.unit.width, [option.keep for option in entry.options], self.shape[unit])
+
+    def divergence(self, unit: int) -> Tensor:
+        """What that does to the outputs, on average: (), float64."""
+        entry = self.space.entries[unit]
+        candidate = self.stitcher.build({entry.unit.name: entry.options[self.option(unit)]})
+        return self.selection.divergences(candidate.model).mean()
 
 
 def _middle(width: int, keeps: Sequence[int], harm: NDArray[np.float64]) -> int:

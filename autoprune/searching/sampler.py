@@ -7,7 +7,7 @@ draws from (seed, trial number), so the same study and seed always give the same
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,7 @@ class _State:
     history: History
     model: HarmModel | None = None
     fitted: int = 0
+    best: list[Seen] = field(default_factory=list)  # of those that it was fitted to
 
 
 @dataclass(slots=True)
@@ -143,7 +144,7 @@ class BudgetSampler(BaseSampler):
             proposal = self._made[self._move(context)](context)
             if proposal is None:
                 continue
-            if proposal.choice not in state.history.tried:
+            if not state.history.known(proposal.choice):
                 return proposal
             last = proposal
         return self._anything(context, last)
@@ -163,7 +164,7 @@ class BudgetSampler(BaseSampler):
             if not self._starts and not self._problem.fits(self._problem.space.dense):
                 raise BudgetError("no choice of this space fits the budget; raise the limit or allow narrower options")
         for origin, choice in self._starts.items():
-            if choice not in history.tried:
+            if not history.known(choice):
                 return Proposal(choice, origin)
         return None
 
@@ -212,11 +213,11 @@ class BudgetSampler(BaseSampler):
         parent = self._pick_elite(context)
         model = self._model(context)
         harm = model.expected()
-        tried = context.state.history.tried
+        history = context.state.history
         found = []
         for _ in range(_CANDIDATES):
             choice = swap(self._problem, parent.choice, harm=harm, tables=self._tables, rng=context.rng)
-            if choice is not None and choice not in tried:
+            if choice is not None and not history.known(choice):
                 found.append(choice)
         if not found:
             return None
@@ -225,17 +226,17 @@ class BudgetSampler(BaseSampler):
 
     def _anything(self, context: _Context, last: Proposal | None) -> Proposal:
         """When moves find nothing new: large random changes; at the very end something that was seen before."""
-        sizes = self._problem.structure.sizes
+        sizes, history = self._problem.structure.sizes, context.state.history
         for _ in range(_ATTEMPTS):
             harm = context.rng.random(self._problem.structure.valid.shape)
             harm[:, 0] = 0.0
             choice = self._solved(context, harm)
-            if choice is not None and choice not in context.state.history.tried:
+            if choice is not None and not history.known(choice):
                 return Proposal(choice, "random")
             narrower = as_choice(context.rng.integers(0, sizes))
-            if narrower not in context.state.history.tried and self._problem.fits(narrower):
+            if not history.known(narrower) and self._problem.fits(narrower):
                 normal = self._problem.structure.normal(np.array([narrower], dtype=np.int64))[0]
-                if as_choice(normal) not in context.state.history.tried:
+                if not history.known(as_choice(normal)):
                     return Proposal(as_choice(normal), "random")
             if choice is not None and last is None:
                 last = Proposal(choice, "random")
@@ -271,10 +272,13 @@ class BudgetSampler(BaseSampler):
         count = len(state.history.results) // _REFIT * _REFIT
         if state.model is not None and state.fitted == count:
             return state.model
-        results = state.history.results[:count]
-        if len(results) > _RECENT:
-            best = sorted(results, key=lambda seen: (seen.value, seen.number))[: _RECENT // 2]
-            results = list({seen.number: seen for seen in [*best, *results[-_RECENT // 2 :]]}.values())
+        added = state.history.results[state.fitted : count]
+        state.best = sorted([*state.best, *added], key=lambda seen: (seen.value, seen.number))[: _RECENT // 2]
+        if count > _RECENT:
+            newest = state.history.results[count - _RECENT // 2 : count]
+            results = list({seen.number: seen for seen in [*state.best, *newest]}.values())
+        else:
+            results = state.history.results[:count]
         values = state.history.prior_values()
         ranked = sorted(self._harms, key=lambda name: (values.get(name, np.inf), name))[:2]
         state.model = fit_harm_model(

@@ -10,15 +10,16 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from autoprune.bank.stitch import Candidate, Stitcher
 from autoprune.core.space import Choice, Space
+from autoprune.engines.base import Best, Score
 from autoprune.evaluators.divergence import Head, heads_of, total_divergence
 from autoprune.model.fold import fold_norms
 from autoprune.nest import Nested, joined, tensors_of
-from autoprune.searching.engine import Score
 
 VERSION = 4
 """Rises when the same choice would be scored otherwise: a study goes on only where its scores mean the same."""
@@ -71,49 +72,41 @@ def outputs_of(model: nn.Module, batches: Sequence[Tensor]) -> Nested:
 
 
 class Scorer:
-    """Evaluates choices for `run_search`. Remembers the best one's divergences for comparison, and every full score."""
+    """Evaluates choices. Remembers nothing of them, so that it can be anywhere."""
 
     def __init__(self, stitcher: Stitcher, space: Space, selection: Selection) -> None:
         self._stitcher = stitcher
         self._space = space
         self._selection = selection
-        self._known: dict[Choice, Score] = {}
-        self._best: Tensor | None = None
 
-    def __call__(self, choice: Choice, best: float | None) -> Score:
+    def __call__(self, choice: Choice, best: Best | None) -> Score:
         """The mean divergence of `choice` (nats, or relative squared error). `best` None: all samples are used."""
-        if choice in self._known:
-            return self._known[choice]
         candidate = self._stitcher.build(self._space.options_of(choice))
         fold_norms(candidate.model, self._stitcher.norms)  # ours alone, and thrown away after
-        seen, complete = self._observe(candidate, compare=best is not None)
-        value = float(seen.mean())
-        score = Score(value, len(seen), pruned=not complete, attrs={"stderr": float(seen.std() / math.sqrt(len(seen)))})
-        if complete:
-            self._known[choice] = score
-            if self._best is None or value < float(self._best.mean()):
-                self._best = seen
-        return score
+        rival = None if best is None or best.seen is None else torch.from_numpy(np.array(best.seen))
+        seen, complete = self._observe(candidate, rival)
+        error = float(seen.std() / math.sqrt(len(seen)))
+        return Score(
+            float(seen.mean()), len(seen), pruned=not complete, attrs={"stderr": error},
+            seen=seen.numpy() if complete else None,
+        )  # fmt: skip
 
-    def forget_best(self) -> None:
-        """Start comparing anew: another budget has another best."""
-        self._best = None
-
-    def _observe(self, candidate: Candidate, *, compare: bool) -> tuple[Tensor, bool]:
+    def _observe(self, candidate: Candidate, rival: Tensor | None) -> tuple[Tensor, bool]:
         """Divergences of the samples looked at, and whether that was all."""
         parts: list[Tensor] = []
-        stages = list(STAGES) if compare and self._best is not None else []
+        stages = list(STAGES) if rival is not None else []
         for done, values in self._selection.in_batches(candidate.model):
             parts.append(values)
-            if stages and stages[0][0] <= done < len(self._selection):
+            if rival is not None and stages and stages[0][0] <= done < len(self._selection):
                 _, certainty = stages.pop(0)
                 seen = torch.cat(parts)
-                if self._clearly_worse(seen, certainty):
+                if _clearly_worse(seen, rival, certainty):
                     return seen, False
         return torch.cat(parts), True
 
-    def _clearly_worse(self, seen: Tensor, certainty: float) -> bool:
-        assert self._best is not None
-        difference = seen - self._best[: len(seen)]
-        spread = float(difference.std()) / math.sqrt(len(seen))
-        return not float(difference.mean()) <= certainty * spread  # NaN and infinity are worse, too
+
+def _clearly_worse(seen: Tensor, rival: Tensor, certainty: float) -> bool:
+    """By the samples seen so far, in pairs; `rival` (samples,) has all of them."""
+    difference = seen - rival[: len(seen)]
+    spread = float(difference.std()) / math.sqrt(len(seen))
+    return not float(difference.mean()) <= certainty * spread  # NaN and infinity are worse, too

@@ -1,4 +1,4 @@
-"""The record of a search: an Optuna study in one journal file, asked for trials and told their results.
+"""The record of a search: an Optuna study, in a journal file or a database, asked for trials and told their results.
 
 Knows how a choice becomes a trial and back, and keeps the study consistent whatever happens to the process. Knows
 nothing of how choices are proposed (samplers) or scored (evaluators).
@@ -9,16 +9,18 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import optuna
 from optuna.distributions import IntDistribution
+from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.study._constrained_optimization import _CONSTRAINTS_KEY
 from optuna.trial import FrozenTrial, TrialState
@@ -26,11 +28,18 @@ from optuna.trial import FrozenTrial, TrialState
 from autoprune.core.budget import Metric
 from autoprune.core.space import Choice
 from autoprune.errors import RunError
-from autoprune.searching.journal import DRAFT_ID, Ending, TrialJournal
+from autoprune.searching.database import Database, shown_url
+from autoprune.searching.journal import DRAFT_ID, Draft, Ending, TrialJournal
+from autoprune.searching.owners import Heartbeat, Owner, Watch, this_process
+from autoprune.searching.patience import Patience
 from autoprune.searching.problem import Problem, as_choice, as_row
 
 INTERRUPTED = "interrupted"
 """The reason of a trial that was never finished: the process was killed or stopped."""
+WITHDRAWN = "withdrawn"
+"""The reason of a trial that was one too many: another process that shares the study was there before."""
+OWNER = "owner"
+"""The attribute that says which process runs a trial."""
 
 _SPACE_KEY = "autoprune:space"
 
@@ -52,13 +61,35 @@ class Asked:
         return all(value <= 0 for value in self.constraints.values())
 
 
+class Storage(Protocol):
+    """What a study is kept in: Optuna's storage, and two doors by which a trial is written down at once."""
+
+    def drafting(self) -> AbstractContextManager[Draft]:
+        """While this holds, attributes that a sampler sets on the trial `DRAFT_ID` are collected, not written."""
+        ...
+
+    def end_trial(self, trial_id: int, ending: Ending) -> None:
+        """Record all that is told of a trial when it ends."""
+        ...
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        """As Optuna's."""
+        ...
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        """As Optuna's."""
+        ...
+
+
 class StudyRecord:
     """Ask and tell on one study, with one append each. Made by `open_study`."""
 
-    def __init__(self, study: Study, storage: TrialJournal, problem: Problem) -> None:
+    def __init__(self, study: Study, storage: Storage, problem: Problem, watch: Watch) -> None:
         self._study = study
         self._storage = storage
         self._problem = problem
+        self._watch = watch
+        self._owner = this_process().text
         self._distributions = distributions_of(problem)
         self._sign = 1.0 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1.0
         self._best: FrozenTrial | None = None
@@ -70,8 +101,11 @@ class StudyRecord:
         """The Optuna study itself."""
         return self._study
 
-    def ask(self, origin: str | None = None, choice: Choice | None = None) -> Asked:
-        """The next trial, already recorded as running: `choice` when given, else what the sampler proposes.
+    def ask(
+        self, origin: str | None = None, choice: Choice | None = None, *, attrs: Mapping[str, Any] | None = None
+    ) -> Asked:
+        """The next trial, already recorded as running by this process: `choice` when given, else what the sampler
+        proposes. `attrs` are recorded with it.
 
         Its predicted costs and constraints are recorded too, so Optuna's own samplers know what does not fit.
         """
@@ -82,10 +116,10 @@ class StudyRecord:
         costs = self._problem.costs_of(named)
         constraints = self._problem.violations(costs)
         default = type(self._study.sampler).__name__ if choice is None else "given"
-        attrs = {"origin": origin or default, **{f"cost.{metric}": cost for metric, cost in costs.items()}}
+        known = {"origin": origin or default, **{f"cost.{metric}": cost for metric, cost in costs.items()}}
         draft_trial.params = params
         draft_trial.distributions = dict(self._distributions)
-        draft_trial.user_attrs = {**attrs, **draft.user_attrs}
+        draft_trial.user_attrs = {**known, **draft.user_attrs, OWNER: self._owner, **(attrs or {})}
         draft_trial.system_attrs = {**draft.system_attrs, **_constraint_attrs(constraints)}
         trial_id = self._storage.create_new_trial(self._study._study_id, draft_trial)
         number = self._storage.get_trial(trial_id).number
@@ -141,6 +175,26 @@ class StudyRecord:
             return None
         return self._normal(trial.params)
 
+    def working(self) -> AbstractContextManager[object]:
+        """While this holds, others that share the study can see that this process is alive."""
+        return Heartbeat(self._study) if isinstance(self._storage, Database) else nullcontext()
+
+    def release_dead(self, numbers: Iterable[int] | None = None) -> int:
+        """Record trials (of these numbers; else all) as interrupted that processes which are gone were running; how
+        many there were.
+        """
+        trials = self.trials()
+        looked_at = trials if numbers is None else [trials[number] for number in numbers]
+        dead = [trial for trial in looked_at if not (trial.state.is_finished() or self._is_alive(trial))]
+        for trial in dead:
+            with suppress(UpdateFinishedTrialError):  # another process saw it, too
+                self._storage.end_trial(trial._trial_id, Ending(TrialState.FAIL, None, {"reason": INTERRUPTED}))
+        return len(dead)
+
+    def _is_alive(self, trial: FrozenTrial) -> bool:
+        owner = Owner.parse(str(trial.user_attrs.get(OWNER, "")))
+        return owner is not None and self._watch.alive(owner)
+
     def _consider(self, trial: FrozenTrial) -> None:
         if not is_result(trial):
             return
@@ -187,59 +241,69 @@ class StudyRecord:
 
 
 def open_study(
-    path: Path,
+    place: Path | str,
     problem: Problem,
     *,
     sampler: BaseSampler,
     name: str = "search",
     direction: Literal["minimize", "maximize"] = "minimize",
     claim: bool = True,
+    note: Callable[[str], None] | None = None,
 ) -> StudyRecord:
-    """The study `name` in the journal at `path`, made or resumed.
+    """The study `name` in `place`, made or resumed: a journal file, or the URL of a database that others may share.
 
-    With `claim` this process owns the file: a half-written last line is cut off and trials that a killed process left
-    running are marked failed. Without, it only reads. Raises RunError when the file cannot be read, the study was made
-    for another space, or there is none to read.
+    With `claim` this process takes part in it: a half-written last line of a journal is cut off and trials that a dead
+    process left running are recorded as interrupted. Without, it only reads. `note` is told when the storage is waited
+    for. Raises RunError when the study cannot be read, was made for another space, or there is none to read.
     """
     logging.getLogger("optuna").setLevel(logging.WARNING)
-    if not claim and not path.exists():
-        raise RunError(f"{path}: there is no study {name!r} in it yet; start the search first")
+    if isinstance(place, Path) and not claim and not place.exists():
+        raise RunError(f"{place}: there is no study {name!r} in it yet; start the search first")
+    shown = place if isinstance(place, Path) else shown_url(place)
     try:
-        storage = TrialJournal(path, mend=claim)
+        storage = _storage(place, mend=claim, note=note)
         study = _load(storage, name, sampler=sampler)
         if study is None and claim:
-            study = optuna.create_study(storage=storage, study_name=name, direction=direction, sampler=sampler)
+            study = _made(storage, name, direction=direction, sampler=sampler)
     except (OSError, ValueError, KeyError) as error:
-        raise RunError(f"{path}: cannot read this study ({error}); move it away to start a new one") from error
+        raise RunError(f"{shown}: cannot read this study ({error}); move it away to start a new one") from error
     if study is None:
-        raise RunError(f"{path}: there is no study {name!r} in it yet; start the search first")
+        raise RunError(f"{shown}: there is no study {name!r} in it yet; start the search first")
     sizes = dict(zip(problem.space.names, problem.space.sizes, strict=True))
     known = study.user_attrs.get(_SPACE_KEY)
     if known is None and claim:
         study.set_user_attr(_SPACE_KEY, sizes)
     elif known is not None and known != sizes:
-        raise RunError(f"{path}: study {name!r} searched another space; use another run folder, or move it away")
-    record = StudyRecord(study, storage, problem)
+        raise RunError(f"{shown}: study {name!r} searched another space; use another run folder, or move it away")
+    record = StudyRecord(study, storage, problem, Watch(study))
     if claim:
-        close_unfinished(storage, record.trials())
+        record.release_dead()
     if record.trials():
         sampler.reseed_rng()  # the same seed once more would propose the same trials once more
     return record
 
 
-def _load(storage: TrialJournal, name: str, *, sampler: BaseSampler) -> Study | None:
+def _storage(place: Path | str, *, mend: bool, note: Callable[[str], None] | None) -> TrialJournal | Database:
+    if isinstance(place, Path):
+        return TrialJournal(place, mend=mend, patience=Patience(note=note))
+    return Database(place, note=note)
+
+
+def _load(storage: BaseStorage, name: str, *, sampler: BaseSampler) -> Study | None:
     """The study that is there. (`create_study(load_if_exists=True)` would write a line each time.)"""
     if all(known.study_name != name for known in storage.get_all_studies()):
         return None
     return optuna.load_study(study_name=name, storage=storage, sampler=sampler)
 
 
-def close_unfinished(storage: TrialJournal, trials: list[FrozenTrial]) -> int:
-    """Mark running trials failed: the process that ran them is gone. How many there were."""
-    running = [trial for trial in trials if trial.state == TrialState.RUNNING]
-    for trial in running:
-        storage.end_trial(trial._trial_id, Ending(TrialState.FAIL, None, {"reason": INTERRUPTED}))
-    return len(running)
+def _made(
+    storage: BaseStorage, name: str, *, direction: Literal["minimize", "maximize"], sampler: BaseSampler
+) -> Study:
+    """A new study; the one of another process that was quicker."""
+    try:
+        return optuna.create_study(storage=storage, study_name=name, direction=direction, sampler=sampler)
+    except DuplicatedStudyError:
+        return optuna.load_study(study_name=name, storage=storage, sampler=sampler)
 
 
 def distributions_of(problem: Problem) -> dict[str, IntDistribution]:

@@ -1,0 +1,34 @@
+"""Engines: where the work of a search runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from autoprune.engines.base import Engine
+from autoprune.engines.local import Local
+from autoprune.engines.settings import EngineSettings
+from autoprune.errors import ConfigError, near_miss
+from autoprune.plugins import optional
+from autoprune.progress import Progress
+
+
+def open_engine(settings: EngineSettings, progress: Progress) -> Engine:
+    """The engine, connected. Raises ConfigError for an unknown one or a missing package, RunError without a cluster."""
+    if settings.name not in ENGINES:
+        raise ConfigError(f"engine: there is no {settings.name!r}; {near_miss(settings.name, ENGINES)}")
+    return ENGINES[settings.name](settings, progress)
+
+
+def _local(settings: EngineSettings, progress: Progress) -> Engine:  # noqa: ARG001
+    return Local(settings.workers or 1, retries=settings.retries)
+
+
+def _ray(settings: EngineSettings, progress: Progress) -> Engine:
+    optional("ray", needed_by="engine: 'ray'", extra="ray")
+    module: Any = optional("autoprune.engines.ray.engine", needed_by="engine: 'ray'", extra="ray")
+    engine: Engine = module.RayEngine(settings, progress)
+    return engine
+
+
+ENGINES: Mapping[str, Callable[[EngineSettings, Progress], Engine]] = {"optuna": _local, "ray": _ray}

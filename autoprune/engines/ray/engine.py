@@ -1,0 +1,98 @@
+"""The engine of a cluster: evaluations in actors, independent work in tasks, measurements on the target alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any, final
+from uuid import uuid4
+
+import ray
+
+from autoprune.engines import freight
+from autoprune.engines.base import Evaluate, Item, Lanes, Parameters, Result, Shared
+from autoprune.engines.freight import Freight
+from autoprune.engines.ray.cluster import Cluster, connected
+from autoprune.engines.ray.lanes import ActorLanes
+from autoprune.engines.ray.target import Target
+from autoprune.engines.settings import EngineSettings
+from autoprune.progress import Progress
+
+
+@final
+class RayEngine:
+    """One connection to a cluster, for one search."""
+
+    name = "ray"
+
+    def __init__(self, settings: EngineSettings, progress: Progress) -> None:
+        self._settings = settings
+        self._progress = progress
+        self._cluster: Cluster = connected(settings, progress)
+        self._target = Target(settings, progress)
+        self._made: tuple[Evaluate, ActorLanes] | None = None
+
+    def where(self) -> str | None:
+        """The machine that is the target, None where no node is."""
+        return self._target.where()
+
+    def lanes(self, evaluate: Evaluate) -> Lanes:
+        """Actors. What they evaluate with is put into the object store once, and is on each of their nodes once."""
+        if self._made is None or self._made[0] is not evaluate:
+            self._release()
+            workers = self._settings.workers or self._cluster.room(self._settings.ray)
+            self._made = (evaluate, ActorLanes(evaluate, self._settings, workers=workers, progress=self._progress))
+        return self._made[1]
+
+    def each(self, work: Callable[[Shared, Item], Result], shared: Shared, items: Sequence[Item]) -> Iterator[Result]:
+        """Tasks of one CPU, in the order of `items`; one whose worker dies is begun again by Ray."""
+        if not items:
+            return
+        self._release()
+        key, cargo = uuid4().hex, ray.put(freight.pack((work, shared)))
+        piece = ray.remote(num_cpus=1, max_retries=self._settings.retries)(_piece)
+        yield from map(ray.get, [piece.remote(key, cargo, item) for item in items])
+
+    def measure(
+        self, work: Callable[Parameters, Result], *args: Parameters.args, **kwargs: Parameters.kwargs
+    ) -> Result:
+        """On the node of the target, with all its CPUs, when nothing else runs there."""
+        self._release()
+        result: Result = self._target.measure(work, args, kwargs)
+        return result
+
+    def close(self) -> None:
+        """Let the actors go, and the connection if it is ours."""
+        self._release()
+        self._cluster.close()
+
+    def _release(self) -> None:
+        """Let the actors go, whose CPUs others need now."""
+        if self._made is not None:
+            self._made[1].close()
+            self._made = None
+
+
+def _piece(key: str, cargo: Freight, item: Any) -> Any:
+    work, shared = _unpacked(key, _Held(cargo))
+    return work(shared, item)
+
+
+class _Held:
+    """Freight as an argument of a cached function: all are alike, the key beside it says which it is."""
+
+    def __init__(self, cargo: Freight) -> None:
+        self.cargo = cargo
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Held)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@lru_cache(maxsize=1)
+def _unpacked(key: str, held: _Held) -> tuple[Callable[..., Any], Any]:  # noqa: ARG001
+    """Unpack once in a worker process, for all pieces of one work that it does."""
+    found: tuple[Callable[..., Any], Any] = freight.unpack(held.cargo)
+    return found
