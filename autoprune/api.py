@@ -33,7 +33,7 @@ from autoprune.evaluators.base import Evaluator
 from autoprune.evaluators.function import Function
 from autoprune.evidence import judge, unit_records, write_down
 from autoprune.files import read_policy, write_bytes, write_policy, write_text
-from autoprune.goal import Plan, check_goal, resolve_limits
+from autoprune.goal import Plan, Recover, check_goal, resolve_limits
 from autoprune.loading import load_data, load_factory, load_model, random_data
 from autoprune.memory import suit
 from autoprune.model.describe import macs_of
@@ -135,7 +135,7 @@ def search_config(config: Config, *, folder: Path, progress: Progress) -> list[O
     task, floor = _task(config, folder), config.floor
     run = usable_folder(folder / (config.run or "runs/search"))
     save_run(config, folder, run)
-    outcomes = _campaign(task, config.budgets, floor, plan=_plan(config), folder=run, progress=progress)
+    outcomes = _campaign(task, config.budgets, floor, plan=_plan(config, folder), folder=run, progress=progress)
     return [outcome.record for outcome in outcomes]
 
 
@@ -235,7 +235,7 @@ def _campaign(
     for name in {choice.method for choice in task.spec.weights if choice.patterns != ("",)}:
         sparsifier(name)  # an unknown one is told at once
     usable_folder(folder)
-    with closing(open_engine(plan.engine, progress)) as engine:
+    with closing(open_engine(plan.engine, folder, progress)) as engine:
         run = Run(folder, engine, plan.storage, Board(plan.storage, note=progress.note) if plan.storage else None)
         bench = _bench(task, budgets, run, progress)
         outcomes = []
@@ -324,11 +324,20 @@ def _any_policy(task: Task) -> Task:
     return replace(task, spec=task.spec.model_copy(update=kinds))
 
 
-def _plan(config: Config) -> Plan:
-    asked, ray = config.search, config.ray
+def _plan(config: Config, folder: Path) -> Plan:
+    asked, ray, recover = config.search, config.ray, config.recover
+    callbacks = [_callback(spec, folder) for spec in ray.callbacks]
     settings = RaySettings(
         ray.address, ray.cpus, ray.gpus, ray.target_wait, asha=ray.asha, population=ray.population,
-        callbacks=ray.callbacks,
+        callbacks=tuple(callbacks),
     )  # fmt: skip
-    engine = EngineSettings(asked.engine, asked.workers, asked.retries, settings)
-    return Plan(asked.trials, asked.seconds, asked.sampler, asked.finalists, asked.refit, engine, asked.storage)
+    return Plan(
+        asked.trials, asked.seconds, asked.sampler, asked.finalists, asked.refit,
+        Recover(recover.steps, recover.learning_rate, recover.batch, recover.trials),
+        EngineSettings(asked.engine, asked.workers, asked.retries, settings), asked.storage,
+    )  # fmt: skip
+
+
+def _callback(spec: str, folder: Path) -> object:
+    """A callback of Ray Tune by 'module:Name' or 'file.py:function'."""
+    return load_factory(spec, folder, key="ray.callbacks")()

@@ -218,6 +218,19 @@ class SearchConfig(_Section):
     )
 
 
+class RecoverConfig(_Section):
+    """Fine-tuning of what was found, by distillation from the dense model on the calibration inputs."""
+
+    steps: int = Field(
+        default=0, ge=0, strict=True, description="Steps of the optimizer; 0: candidates are refitted only."
+    )
+    learning_rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False, description="The largest learning rate.")
+    batch: Count = Field(default=64, description="Samples of a step.")
+    trials: StrictBool = Field(
+        default=False, description="Score every trial after a recovery of its own: long trials, nearer to the truth."
+    )
+
+
 class RayConfig(_Section):
     """What a search with `engine: ray` asks of Ray."""
 
@@ -277,6 +290,7 @@ class Config(_Section):
     max_loss: Worst | None = Field(default=None, description="The largest metric allowed, where less is better.")
     space: SpaceConfig = Field(default_factory=SpaceConfig)
     search: SearchConfig = Field(default_factory=SearchConfig)
+    recover: RecoverConfig = Field(default_factory=RecoverConfig)
     ray: RayConfig = Field(default_factory=RayConfig)
     run: str | None = Field(default=None, min_length=1, description="Run folder. Default: runs/<this file's name>.")
 
@@ -286,6 +300,18 @@ class Config(_Section):
         if isinstance(content, Mapping) and isinstance(content.get("space"), str):
             return {**content, "space": {"preset": content["space"]}}
         return content
+
+    @model_validator(mode="after")
+    def _recovery_has_steps(self) -> Config:
+        if self.recover.trials and not self.recover.steps:
+            raise ValueError("recover.trials: trials cannot be recovered in no steps; write recover.steps, e.g. 100")
+        if (self.ray.asha or self.ray.population) and self.search.engine != "ray":
+            raise ValueError("ray.asha and ray.population are for search.engine: ray")
+        if self.ray.asha and not self.recover.trials:
+            raise ValueError("ray.asha stops long trials early; set recover.trials and recover.steps, e.g. 100")
+        if self.ray.population and not self.recover.steps:
+            raise ValueError("ray.population trains copies of the chosen candidate; set recover.steps, e.g. 300")
+        return self
 
     @model_validator(mode="after")
     def _metric_sense(self) -> Config:

@@ -14,6 +14,17 @@ from autoprune.profile.cost_model import CostModel
 
 
 @dataclass(frozen=True, slots=True)
+class Recover:
+    """How candidates are fine-tuned by distillation from the dense model; without steps they are refitted alone."""
+
+    steps: int = 0
+    learning_rate: float = 3e-4
+    batch: int = 64
+    trials: bool = False
+    """Whether every trial is scored after its own recovery: long trials, nearer to the truth."""
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """How a search is run."""
 
@@ -22,6 +33,7 @@ class Plan:
     sampler: str = "budget"
     finalists: int = 6
     refit: bool = True
+    recover: Recover = field(default_factory=Recover)
     engine: EngineSettings = field(default_factory=EngineSettings)
     storage: str | None = None
     """URL of a database to record trials in, which others may search with, too; None: a file in the run folder."""

@@ -12,19 +12,22 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import nn
 
-from autoprune.bank.stitch import deployable, shape_only
+from autoprune.bank.stitch import Candidate, deployable, shape_only
 from autoprune.contender import Contender, misses, off_by, predicted
 from autoprune.core.budget import Budget, Limit, Metric
 from autoprune.core.cost import LatencyTable, SharesTable
 from autoprune.core.floor import Floor
 from autoprune.core.space import Choice
+from autoprune.engines.base import Lanes
 from autoprune.errors import BudgetError
-from autoprune.goal import Plan, resolve_limits
+from autoprune.goal import Plan, Recover, resolve_limits
 from autoprune.model.fingerprint import of_text
 from autoprune.profile.clock import Timing
 from autoprune.profile.cost_model import CostModel
 from autoprune.profile.latency import refitted
 from autoprune.progress import Progress
+from autoprune.recover.course import Course, divergence, recovered
+from autoprune.recover.finetune import Schedule
 from autoprune.recover.refit import Reference, refit
 from autoprune.rivals import baseline_choices
 from autoprune.run import Kept
@@ -48,6 +51,8 @@ _FINALIST_BYTES = 1_250_000_000
 _CLOSE = 0.95
 """How near a prediction must be to the budget, and a measurement to the prediction, to be left as they are."""
 _AIM_ROUNDS = 20
+_RACE = 4
+"""Finalists get one in so many of the steps that the chosen one gets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +111,8 @@ def pursue(bench: Workbench, budget: Budget, *, plan: Plan, progress: Progress, 
     recovered = _recovered(bench, keeping or finalists, baselines, limits, plan=plan, progress=progress)
     chosen = min(recovered, key=lambda contender: contender.divergence)
     chosen = bench.stages.timed("recover", lambda: _mended(bench, chosen, bench.thorough)) if plan.refit else chosen
+    if plan.recover.steps:
+        chosen = bench.stages.timed("recover", lambda: _trained(bench, chosen, plan.recover, progress))
     return Found(budget, limits, chosen, tuple(recovered), tuple(baselines), attempt.dense, attempt.record, rounds)
 
 
@@ -279,7 +286,16 @@ def _search(
     task = bench.subject.task
     problem = Problem(bench.space, bench.costs, limits, bench.priors)
     sampler = sampler_by_name(plan.sampler, problem, seed=task.seed)
-    known = (bench.space, bench.subject.fingerprint, task.target.text, plan.sampler, task.seed, scorer.VERSION)
+    known: tuple[object, ...] = (
+        bench.space,
+        bench.subject.fingerprint,
+        task.target.text,
+        plan.sampler,
+        task.seed,
+        scorer.VERSION,
+    )
+    if plan.recover.trials:
+        known = (*known, plan.recover)
     record = open_study(
         bench.run.studies, problem, sampler=sampler, note=progress.note, name=f"{study} [{of_text(*known)[:8]}]"
     )
@@ -291,13 +307,22 @@ def _search(
     finished = bench.stages.timed(
         "search",
         lambda: run_search(
-            problem, record, bench.run.engine.lanes(bench.scorer), effort, baselines=starts, known=bench.known,
+            problem, record, _lanes(bench, plan.recover), effort, baselines=starts, known=bench.known_by(plan.recover),
             progress=progress,
         ),
     )  # fmt: skip
     if not finished:
         raise BudgetError(f"budget {study}: no trial was finished; give more --trials or --seconds")
     return problem, record, finished
+
+
+def _lanes(bench: Workbench, plan: Recover) -> Lanes:
+    """Who scores trials: as they are stitched, or after a recovery of their own."""
+    engine = bench.run.engine
+    if not plan.trials:
+        return engine.lanes(bench.scorer)
+    schedule = Schedule(plan.steps, plan.learning_rate, batch=plan.batch)
+    return engine.climbs(bench.climber(schedule))
 
 
 def _timed(
@@ -352,16 +377,65 @@ def _recovered(
     racing = list(finalists)
     if best is not None and all(best.choice != contender.choice for contender in finalists):
         racing.append(best)
-    if not plan.refit:
-        return racing
-    progress.phase("recover", len(racing))
+    if plan.refit:
+        progress.phase("recover", len(racing))
 
-    def mend(contender: Contender) -> Contender:
-        mended = _mended(bench, contender, bench.quick)
+        def mend(contender: Contender) -> Contender:
+            mended = _mended(bench, contender, bench.quick)
+            progress.step()
+            return mended
+
+        racing = bench.stages.timed("recover", lambda: [mend(contender) for contender in racing])
+    if plan.recover.steps:
+        racing = bench.stages.timed("recover", lambda: _tuned(bench, racing, plan.recover, progress))
+    return racing
+
+
+def _tuned(bench: Workbench, racing: Sequence[Contender], plan: Recover, progress: Progress) -> list[Contender]:
+    """Contenders after a short fine-tuning each, all of them at once where the engine can: ranks before and after
+    recovery differ.
+    """
+    progress.phase("fine-tune", len(racing))
+    few = replace(plan, steps=max(1, plan.steps // _RACE))
+    course = _course(bench, racing[0], few)
+    tuned = []
+    candidates = [contender.candidate for contender in racing]
+    for contender, found in zip(racing, bench.run.engine.each(recovered, course, candidates), strict=True):
+        tuned.append(_better(bench, contender, *found, steps=few.steps))
         progress.step()
-        return mended
+    return tuned
 
-    return bench.stages.timed("recover", lambda: [mend(contender) for contender in racing])
+
+def _trained(bench: Workbench, contender: Contender, plan: Recover, progress: Progress) -> Contender:
+    """The chosen contender after all of its fine-tuning, or as it was where that made it no better."""
+    progress.phase("fine-tune")
+    course = _course(bench, contender, plan)
+    state = bench.run.engine.train(course)
+    if state is None:
+        progress.note("fine-tuning found no finite loss; the candidate stays as it was")
+        return contender
+    candidate = course.finished(state)
+    return _better(bench, contender, divergence(candidate.model, bench.selection, bench.bank.norms), candidate,
+                   steps=plan.steps)  # fmt: skip
+
+
+def _course(bench: Workbench, contender: Contender, plan: Recover) -> Course:
+    schedule = Schedule(plan.steps, plan.learning_rate, batch=plan.batch)
+    return Course(
+        bench.lesson(), contender.candidate, bench.selection, bench.bank.norms, schedule, bench.subject.task.seed
+    )
+
+
+def _better(bench: Workbench, before: Contender, least: float, candidate: Candidate, *, steps: int) -> Contender:
+    """A contender with the weights of a fine-tuning, or itself where these are no better on the selection data."""
+    if not least < before.divergence:
+        return before
+    how = f"fine-tuned in {steps} steps"
+    return replace(
+        before, candidate=candidate, divergence=least,
+        recovery=how if before.recovery is None else f"{before.recovery.partition(', fine')[0]}, {how}",
+        size_bytes=bench.files.size(candidate.model, Weights.of(candidate)),
+    )  # fmt: skip
 
 
 def _mended(bench: Workbench, contender: Contender, reference: Reference) -> Contender:

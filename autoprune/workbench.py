@@ -6,8 +6,9 @@ Knows nothing of budgets.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -33,15 +34,19 @@ from autoprune.nest import first_tensor
 from autoprune.profile.cost_model import CostModel
 from autoprune.profile.forms import with_forms
 from autoprune.progress import Progress
+from autoprune.recover.finetune import Lesson, Schedule
 from autoprune.recover.refit import Reference, RefitSettings
 from autoprune.run import Run
 from autoprune.runtimes import runtime
+from autoprune.searching.climb import Climber
 from autoprune.searching.measured_prior import one_at_a_time
 from autoprune.searching.scorer import Scorer, Selection
 from autoprune.sparsity import sparsifier
 from autoprune.storage import FLOATS, FileFormat, storage_of
 from autoprune.subject import Subject, batches_of
 from autoprune.verify import Stopwatch
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +71,32 @@ class Workbench:
     files: FileFormat
     """The file that a budget on size is about."""
     run: Run
-    known: dict[Choice, Score] = field(default_factory=dict)
-    """The full scores of choices, for every budget."""
+    known: dict[object, dict[Choice, Score]] = field(default_factory=dict)
+    """The full scores of choices, for every budget, by what trials are recovered with."""
+    made: dict[object, object] = field(default_factory=dict)
+    """What is made when it is asked for first."""
+
+    def known_by(self, recovery: object) -> dict[Choice, Score]:
+        """Full scores of trials that are recovered so."""
+        return self.known.setdefault(recovery, {})
+
+    def lesson(self) -> Lesson:
+        """What all fine-tunings share: all of the calibration inputs, and what the dense model says of them."""
+        return self._once("lesson", self._lesson)
+
+    def climber(self, schedule: Schedule) -> Climber:
+        """Scores trials after a recovery of their own; one for each schedule, so that lanes are started once."""
+        seed = self.subject.task.seed
+        return self._once(schedule, lambda: Climber(self.scorer, self.lesson(), schedule, seed))
+
+    def _once(self, key: object, make: Callable[[], Made]) -> Made:
+        if key not in self.made:
+            self.made[key] = make()
+        return cast(Made, self.made[key])
+
+    def _lesson(self) -> Lesson:
+        inputs = self.subject.task.data.calibration_inputs.contiguous(memory_format=self.subject.layout)
+        return Lesson.of(self.subject.model, inputs, self.selection.heads, batch=self.subject.batch)
 
 
 def prepare(

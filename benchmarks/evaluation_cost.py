@@ -21,8 +21,10 @@ import torch
 from autoprune.core.target import Target
 from autoprune.costing import Stages, measured_costs
 from autoprune.data import as_data
+from autoprune.engines.local import Local
 from autoprune.evaluators import evaluator
 from autoprune.progress import Silent
+from autoprune.run import Run
 from autoprune.searching.scorer import Scorer
 from autoprune.spaces import load_space
 from autoprune.subject import Task, subject_of
@@ -56,8 +58,9 @@ def main() -> None:
 def workbench(task: Task, folder: Path) -> Workbench:
     stages, progress = Stages(), Silent()
     subject = subject_of(task, progress)
-    space, costs, table = measured_costs(subject, folder, latency=False, stages=stages, progress=progress)
-    return prepare(subject, space, costs, table, folder=folder, stages=stages, progress=progress)
+    run = Run(folder, Local())
+    space, costs, table = measured_costs(subject, run, latency=False, stages=stages, progress=progress)
+    return prepare(subject, space, costs, table, run=run, stages=stages, progress=progress)
 
 
 def ratio(bench: Workbench, seed: int) -> float:

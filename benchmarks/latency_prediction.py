@@ -19,9 +19,11 @@ from autoprune.bank.stitch import shape_only
 from autoprune.core.target import Target
 from autoprune.costing import Stages, measured_costs
 from autoprune.data import as_data
+from autoprune.engines.local import Local
 from autoprune.evaluators import evaluator
 from autoprune.profile.draw import draw
 from autoprune.progress import Silent
+from autoprune.run import Run
 from autoprune.runtimes import runtime
 from autoprune.spaces import load_space
 from autoprune.subject import Task, subject_of
@@ -46,7 +48,8 @@ def main() -> None:
     task = Task(model, asked.model, data, evaluator("top1"), target, load_space("cnn-channels", Path()))
     subject = subject_of(task, Silent())
     folder = asked.run or Path(mkdtemp())
-    space, costs, table = measured_costs(subject, folder, latency=True, stages=Stages(), progress=Silent())
+    run = Run(folder, Local())
+    space, costs, table = measured_costs(subject, run, latency=True, stages=Stages(), progress=Silent())
     choices = draw(space, asked.policies, np.random.default_rng(asked.seed))
     models = [shape_only(subject.model, subject.anatomy, space.options_of(choice)) for choice in choices]
     watch = Stopwatch.of(subject.model, runtime(target.runtime), target, example=subject.example)

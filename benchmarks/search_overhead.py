@@ -1,25 +1,37 @@
-"""What a trial costs beside its evaluation: proposing, storing, opening. Synthetic divergence; prints JSON."""
+"""What a trial costs beside its evaluation: proposing, storing, opening. Synthetic divergence; prints JSON.
+
+python benchmarks/search_overhead.py                                                    # a search, and a journal
+python benchmarks/search_overhead.py --told 1000 10000 --samplers budget tpe --next 60  # after so many trials
+python benchmarks/search_overhead.py --told 1000 --batches 1 32 256                     # asks without a tell
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.study._constrained_optimization import _CONSTRAINTS_KEY
+from optuna.trial import TrialState, create_trial
 
 from autoprune.core.budget import Metric
 from autoprune.core.space import Choice, Space, UnitOptions
 from autoprune.core.unit import DROP, Option, Unit
+from autoprune.searching.fit import Tables, repair
 from autoprune.searching.problem import Problem, as_row
+from autoprune.searching.sampler import MOVES
 from autoprune.searching.samplers import SAMPLERS, sampler_by_name
-from autoprune.searching.study import StudyRecord, open_study
+from autoprune.searching.study import StudyRecord, distributions_of, open_study
 
 
 class CoupledCosts:
@@ -141,6 +153,61 @@ def storage_alone(folder: Path, problem: Problem, *, trials: int) -> dict[str, f
     }
 
 
+def told(path: Path, problem: Problem, truth: NDArray[np.float64], *, trials: int) -> None:
+    """A journal of finished trials that fit and have values, as if every move had made its share of them."""
+    study = open_study(path, problem, sampler=sampler_by_name("random", problem)).study
+    rng, tables, distributions = np.random.default_rng(0), Tables(problem), distributions_of(problem)
+    for number in range(trials):
+        row = tuple(rng.integers(0, problem.structure.sizes).tolist())
+        choice = repair(problem, truth, row, tables=tables, anchor=problem.space.dense) or problem.space.dense
+        attrs = {"autoprune:prior": "error", "autoprune:weights": rng.normal(0, 30, len(row)).astype(int).tolist()}
+        move = MOVES[number % len(MOVES)]
+        trial = create_trial(
+            state=TrialState.COMPLETE,
+            value=divergence(problem, truth, choice),
+            params=dict(zip(problem.space.names, choice, strict=True)),
+            distributions=dict(distributions),
+            user_attrs={"origin": move, "samples": 256, "accuracy": 0.5},
+            system_attrs=attrs if move == "perturb" else {},
+        )
+        trial.datetime_start = trial.datetime_complete = datetime.now()
+        for name, amount in problem.violations(problem.costs_of(choice)).items():
+            trial.system_attrs[f"{_CONSTRAINTS_KEY}:{name}"] = amount
+        study.add_trial(trial)
+
+
+def after(
+    journal: Path, problem: Problem, truth: NDArray[np.float64], *, sampler: str, trials: int, batches: Sequence[int]
+) -> dict[str, object]:
+    """Milliseconds of the next asks and tells on a copy of `journal`; and of asks without a tell between, by count.
+
+    `given` is the same for choices that are given: storing alone. The very first ask reads all trials.
+    """
+    path = journal.with_suffix(".copy")
+    shutil.copy(journal, path)
+    record = open_study(path, problem, sampler=sampler_by_name(sampler, problem, seed=0))
+    start = time.perf_counter()
+    found: dict[str, object] = {"sampler": sampler, "told": len(record.trials())}
+    record.tell(record.ask(), 1.0)
+    found["first_ms"] = 1e3 * (time.perf_counter() - start)
+    if trials:
+        found |= timed_trials(record, problem, truth, trials=trials)
+    rng = np.random.default_rng(1)
+    for count in batches:
+        start = time.perf_counter()
+        asked = [record.ask() for _ in range(count)]
+        middle = time.perf_counter()
+        choices = rng.integers(0, problem.structure.sizes, size=(count, len(problem.space.entries)))
+        begun = time.perf_counter()
+        asked += [record.ask("given", tuple(row.tolist())) for row in choices]
+        found[f"ask_{count}_ms"] = 1e3 * (middle - start) / count
+        found[f"given_{count}_ms"] = 1e3 * (time.perf_counter() - begun) / count
+        for one in asked:
+            record.tell(one, divergence(problem, truth, one.choice))
+    path.unlink()
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--units", type=int, default=60)
@@ -148,12 +215,31 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=500)
     parser.add_argument("--journal-trials", type=int, default=10_000, help="0: skip")
     parser.add_argument("--sampler", default="budget", choices=sorted(SAMPLERS))
+    parser.add_argument("--told", type=int, nargs="+", default=[], help="time what follows so many told trials")
+    parser.add_argument("--samplers", nargs="+", default=["budget"], choices=sorted(SAMPLERS), help="with --told")
+    parser.add_argument("--next", type=int, default=60, help="with --told: trials to time, at most")
+    parser.add_argument("--batches", type=int, nargs="+", default=[], help="with --told: asks without a tell")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     problem, truth = synthetic_problem(given.units, given.options, given.seed)
     results: dict[str, object] = {"arguments": vars(given)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        for count in given.told:
+            told(folder / "told.journal", problem, truth, trials=count)
+            for each in given.samplers:
+                found = after(
+                    folder / "told.journal",
+                    problem,
+                    truth,
+                    sampler=each,
+                    trials=given.next,
+                    batches=given.batches,
+                )
+                print(json.dumps(found), flush=True)
+            (folder / "told.journal").unlink()
+        if given.told:
+            return
         sampler = sampler_by_name(given.sampler, problem, seed=given.seed)
         record = open_study(folder / "study.journal", problem, sampler=sampler)
         results["search"] = timed_trials(record, problem, truth, trials=given.trials)

@@ -16,10 +16,12 @@ from autoprune.core.target import Target
 from autoprune.core.unit import Unit
 from autoprune.costing import Stages, measured_costs
 from autoprune.data import as_data
+from autoprune.engines.local import Local
 from autoprune.evaluators import evaluator
 from autoprune.model.coupling import CONVOLUTIONS, NORMS
 from autoprune.model.discover import Anatomy
 from autoprune.progress import Silent
+from autoprune.run import Run
 from autoprune.ship import write_model
 from autoprune.spaces import load_space
 from autoprune.subject import Subject, Task, subject_of
@@ -481,8 +483,9 @@ def workbench_of(model: nn.Module, shape: Sequence[int], folder: Path, **sizes: 
     data = as_data(*data_of(model, shape, **sizes))
     task = Task(model, "tested", data, evaluator("top1"), Target(runtime="torch"), load_space("cnn-channels", folder))
     subject, stages, progress = subject_of(task, Silent()), Stages(), Silent()
-    space, costs, table = measured_costs(subject, folder, latency=False, stages=stages, progress=progress)
-    return prepare(subject, space, costs, table, folder=folder, stages=stages, progress=progress)
+    run = Run(folder, Local())
+    space, costs, table = measured_costs(subject, run, latency=False, stages=stages, progress=progress)
+    return prepare(subject, space, costs, table, run=run, stages=stages, progress=progress)
 
 
 def residual_files(applied: Applied, subject: Subject, folder: Path) -> dict[str, Path]:

@@ -13,7 +13,9 @@ from test_weights import bench_of
 from autoprune.bank.store import Moments
 from autoprune.config import Config
 from autoprune.costing import Stages, measured_costs
+from autoprune.engines.local import Local
 from autoprune.progress import Silent
+from autoprune.run import Run
 from autoprune.subject import subject_of
 from autoprune.workbench import Workbench, prepare
 
@@ -34,8 +36,9 @@ class Notes(Silent):
 def again(bench: Workbench, folder: Path, memory: int) -> tuple[Workbench, list[str]]:
     notes = Notes()
     subject = subject_of(replace(bench.subject.task, bank_memory=memory), Silent())
-    space, costs, table = measured_costs(subject, folder, latency=False, stages=Stages(), progress=Silent())
-    return prepare(subject, space, costs, table, folder=folder, stages=Stages(), progress=notes), notes.told
+    run = Run(folder, Local())
+    space, costs, table = measured_costs(subject, run, latency=False, stages=Stages(), progress=Silent())
+    return prepare(subject, space, costs, table, run=run, stages=Stages(), progress=notes), notes.told
 
 
 def same(one: Workbench, other: Workbench) -> None:

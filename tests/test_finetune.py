@@ -125,7 +125,7 @@ def test_it_goes_on_from_what_a_refit_gave(bench: Workbench) -> None:
     candidate = badly_pruned(bench)
     refit(bench.thorough, candidate)
     before = float(bench.selection.divergences(candidate.model).mean())
-    training = FineTune(lesson_of(bench), candidate, schedule=Schedule(60), seed=0)
+    training = FineTune(lesson_of(bench), candidate, schedule=Schedule(60, learning_rate=1e-3), seed=0)
     training.advance(60)
     assert float(bench.selection.divergences(training.result().model).mean()) < before
 
@@ -445,7 +445,7 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert rates[10] == 2.0 == max(rates)
     assert 0 < rates[0] < rates[5] < rates[10] > rates[50] > rates[99] > 0
     assert rates[100] == pytest.approx(0.0, abs=1e-12)
-    assert Schedule(1).rate(0) == 1e-3
+    assert Schedule(1).rate(0) == Schedule(1).learning_rate
 
 
 @pytest.mark.parametrize(

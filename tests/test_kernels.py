@@ -25,6 +25,7 @@ from autoprune.core.space import Choice
 from autoprune.core.target import Target
 from autoprune.core.unit import DROP, Option
 from autoprune.costing import Stages, measured_costs
+from autoprune.engines.local import Local
 from autoprune.errors import ConfigError, PolicyError
 from autoprune.files import read_policy
 from autoprune.goal import Plan
@@ -38,6 +39,7 @@ from autoprune.profile.draw import draw
 from autoprune.profile.latency import refitted
 from autoprune.progress import Silent
 from autoprune.recover.refit import refit
+from autoprune.run import Run
 from autoprune.spaces import SpaceSpec, load_space, resolve
 from autoprune.storage import Weights
 from autoprune.subject import Task, subject_of
@@ -107,8 +109,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     data, target = api.as_data(calibration, validation), Target("torch")
     task = Task(model, "Wide", data, api.evaluator("top1"), target, load_space("space.yaml", folder), size="plain")
     stages, subject = Stages(), subject_of(task, Silent())
-    space, costs, table = measured_costs(subject, folder, latency=False, stages=stages, progress=Silent())
-    return prepare(subject, space, costs, table, folder=folder, stages=stages, progress=Silent())
+    run = Run(folder, Local())
+    space, costs, table = measured_costs(subject, run, latency=False, stages=stages, progress=Silent())
+    return prepare(subject, space, costs, table, run=run, stages=stages, progress=Silent())
 
 
 LAYERS = {

@@ -25,6 +25,7 @@ from autoprune.core.space import Choice
 from autoprune.core.target import Target
 from autoprune.core.unit import DROP, Option
 from autoprune.costing import Stages, measured_costs
+from autoprune.engines.local import Local
 from autoprune.errors import ConfigError, PolicyError
 from autoprune.files import read_policy
 from autoprune.goal import Plan
@@ -36,6 +37,7 @@ from autoprune.profile.latency import refitted
 from autoprune.profile.live_map import LiveMap, SizedMaps
 from autoprune.progress import Silent
 from autoprune.recover.refit import refit
+from autoprune.run import Run
 from autoprune.runtimes.onnxruntime import _export_traced
 from autoprune.spaces import SpaceSpec, load_space, resolve
 from autoprune.storage import Weights
@@ -79,8 +81,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     task = Task(model, "Wider", api.as_data(*data_of(model, IMAGE)), api.evaluator("top1"), Target("onnxruntime"),
                 load_space("space.yaml", folder))  # fmt: skip
     stages, subject = Stages(), subject_of(task, Silent())
-    space, costs, table = measured_costs(subject, folder, latency=False, stages=stages, progress=Silent())
-    return prepare(subject, space, costs, table, folder=folder, stages=stages, progress=Silent())
+    run = Run(folder, Local())
+    space, costs, table = measured_costs(subject, run, latency=False, stages=stages, progress=Silent())
+    return prepare(subject, space, costs, table, run=run, stages=stages, progress=Silent())
 
 
 def test_sizes_are_multiples_of_the_stride_with_both_sides_alike() -> None:

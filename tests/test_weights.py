@@ -24,6 +24,7 @@ from autoprune.core.policy import UnitDecision
 from autoprune.core.target import Target
 from autoprune.core.unit import DROP, Option
 from autoprune.costing import Stages, measured_costs
+from autoprune.engines.local import Local
 from autoprune.errors import ConfigError, PolicyError
 from autoprune.files import read_policy
 from autoprune.goal import Plan
@@ -32,6 +33,7 @@ from autoprune.packing.archive import unpack
 from autoprune.profile.cost_model import CostModel
 from autoprune.progress import Silent
 from autoprune.recover.refit import Reference, refit
+from autoprune.run import Run
 from autoprune.searching.baselines import global_sparsity, uniform_sparsity
 from autoprune.searching.problem import Problem
 from autoprune.spaces import SpaceSpec, load_space, resolve
@@ -81,8 +83,9 @@ def bench_of(
     task: Task = dataclasses.replace(plain.subject.task, spec=spec(folder, text), size=size, target=target)
     subject = subject_of(task, Silent())
     stages = Stages()
-    space, costs, table = measured_costs(subject, folder, latency=False, stages=stages, progress=Silent())
-    return prepare(subject, space, costs, table, folder=folder, stages=stages, progress=Silent())
+    run = Run(folder, Local())
+    space, costs, table = measured_costs(subject, run, latency=False, stages=stages, progress=Silent())
+    return prepare(subject, space, costs, table, run=run, stages=stages, progress=Silent())
 
 
 @pytest.fixture(scope="module")

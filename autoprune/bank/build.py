@@ -165,7 +165,7 @@ def local_harms(
     """
     estimator = LocalHarm(space, bank, model, anatomy, editor, resized or {})
     found = list(each(LocalHarm.of, estimator, range(len(space.entries))))
-    return {"reconstruction": [row[0] for row in found], "second_order": [row[1] for row in found]}
+    return {name: [np.array(row[at]) for row in found] for at, name in enumerate(("reconstruction", "second_order"))}
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from autoprune.engines.base import Engine
@@ -13,22 +14,24 @@ from autoprune.plugins import optional
 from autoprune.progress import Progress
 
 
-def open_engine(settings: EngineSettings, progress: Progress) -> Engine:
-    """The engine, connected. Raises ConfigError for an unknown one or a missing package, RunError without a cluster."""
+def open_engine(settings: EngineSettings, folder: Path, progress: Progress) -> Engine:
+    """The engine, connected; `folder` is the run's. Raises ConfigError for an unknown one or a missing package, and
+    RunError without a cluster.
+    """
     if settings.name not in ENGINES:
         raise ConfigError(f"engine: there is no {settings.name!r}; {near_miss(settings.name, ENGINES)}")
-    return ENGINES[settings.name](settings, progress)
+    return ENGINES[settings.name](settings, folder, progress)
 
 
-def _local(settings: EngineSettings, progress: Progress) -> Engine:  # noqa: ARG001
+def _local(settings: EngineSettings, folder: Path, progress: Progress) -> Engine:  # noqa: ARG001
     return Local(settings.workers or 1, retries=settings.retries)
 
 
-def _ray(settings: EngineSettings, progress: Progress) -> Engine:
+def _ray(settings: EngineSettings, folder: Path, progress: Progress) -> Engine:
     optional("ray", needed_by="engine: 'ray'", extra="ray")
     module: Any = optional("autoprune.engines.ray.engine", needed_by="engine: 'ray'", extra="ray")
-    engine: Engine = module.RayEngine(settings, progress)
+    engine: Engine = module.RayEngine(settings, folder, progress)
     return engine
 
 
-ENGINES: Mapping[str, Callable[[EngineSettings, Progress], Engine]] = {"optuna": _local, "ray": _ray}
+ENGINES: Mapping[str, Callable[[EngineSettings, Path, Progress], Engine]] = {"optuna": _local, "ray": _ray}

@@ -6,6 +6,7 @@ gives scores back, and runs what it is told to where that belongs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -32,6 +33,13 @@ class Score:
     attrs: Mapping[str, Any] = field(default_factory=dict)
     seen: NDArray[np.float64] | None = None
     """The value of every sample, (samples,), of a choice that was scored to the end."""
+    rung: int | None = None
+    """How much was spent on it, for scores in rungs; others go by their samples."""
+
+    @property
+    def step(self) -> int:
+        """Where the value stands among the intermediate values of its trial."""
+        return self.samples if self.rung is None else self.rung
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +65,8 @@ class Job:
     number: int
     choice: Choice
     best: Best | None
+    whole: bool = False
+    """Whether it is to be scored to the end, however bad."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +102,71 @@ class Lanes(Protocol):
         """Give up every job that is running; the lanes stay."""
         ...
 
+    def close(self) -> None:
+        """Let go of all that the lanes hold."""
+        ...
+
+
+class Climb(Evaluate, Protocol):
+    """Scores a choice in rungs, each at more expense and nearer to the truth; the last one is the score."""
+
+    def rungs(self, choice: Choice) -> Iterator[Score]:
+        """The score on every rung, from the cheapest."""
+        ...
+
+    @property
+    def height(self) -> int:
+        """How many rungs there are."""
+        ...
+
+
+class Recovery(Protocol):
+    """A training that goes on round by round."""
+
+    @property
+    def over(self) -> bool:
+        """Whether no round is left."""
+        ...
+
+    def round(self) -> float:
+        """Do one more; the score after it, less is better."""
+        ...
+
+    def retune(self, given: Mapping[str, float]) -> None:
+        """Go on with other hyperparameters."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a round changes."""
+        ...
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from there."""
+        ...
+
+
+class Course(Protocol):
+    """A training that can be begun anywhere, and as often as one likes."""
+
+    @property
+    def rounds(self) -> int:
+        """How many rounds it has."""
+        ...
+
+    @property
+    def given(self) -> Mapping[str, float]:
+        """The hyperparameters that it is begun with."""
+        ...
+
+    @property
+    def ranges(self) -> Mapping[str, tuple[float, float]]:
+        """From where to where each of them makes sense."""
+        ...
+
+    def begin(self) -> Recovery:
+        """At its first round."""
+        ...
+
 
 class Each(Protocol):
     """Does many pieces of independent work."""
@@ -111,6 +186,16 @@ class EachTensor(Protocol):
     ) -> Iterator[Tensor]:
         """As `Each` says."""
         ...
+
+
+def train_here(course: Course) -> Mapping[str, Tensor] | None:
+    """Train in this process, with the hyperparameters given; the state of the best round, None where none is finite."""
+    recovery, best, least = course.begin(), None, math.inf
+    while not recovery.over:
+        value = recovery.round()
+        if value < least:
+            best, least = recovery.state(), value
+    return best
 
 
 def one_by_one(work: Callable[[Shared, Item], Result], shared: Shared, items: Sequence[Item]) -> Iterator[Result]:
@@ -134,8 +219,16 @@ class Engine(Protocol):
         """Lanes that answer what `evaluate` does. The same ones again for the same function."""
         ...
 
+    def climbs(self, climb: Climb) -> Lanes:
+        """The same for long evaluations in rungs, of which those that fall behind may be stopped early."""
+        ...
+
     def each(self, work: Callable[[Shared, Item], Result], shared: Shared, items: Sequence[Item]) -> Iterator[Result]:
         """As `Each` says."""
+        ...
+
+    def train(self, course: Course) -> Mapping[str, Tensor] | None:
+        """Train, with a population where the engine has one; the state of the best score, None if none was good."""
         ...
 
     def measure(

@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import final
 
-from autoprune.engines.base import Ended, Evaluate, Item, Job, Lanes, Parameters, Result, Shared, one_by_one
+from torch import Tensor
+
+from autoprune.engines.base import (
+    Climb,
+    Course,
+    Ended,
+    Evaluate,
+    Item,
+    Job,
+    Lanes,
+    Parameters,
+    Result,
+    Shared,
+    one_by_one,
+    train_here,
+)
 from autoprune.engines.processes import ProcessLanes
 
 
@@ -45,6 +60,9 @@ class Here:
         """Forget the job."""
         self._job = None
 
+    def close(self) -> None:
+        """Nothing is held."""
+
 
 @final
 class Local:
@@ -69,6 +87,14 @@ class Local:
             self.close()
             self._made = (evaluate, ProcessLanes(evaluate, workers=self._workers, retries=self._retries))
         return self._made[1]
+
+    def climbs(self, climb: Climb) -> Lanes:
+        """The same lanes; every climb goes to its end."""
+        return self.lanes(climb)
+
+    def train(self, course: Course) -> Mapping[str, Tensor] | None:
+        """Here, once."""
+        return train_here(course)
 
     def each(self, work: Callable[[Shared, Item], Result], shared: Shared, items: Sequence[Item]) -> Iterator[Result]:
         """One after the other, here."""

@@ -24,8 +24,8 @@ class RaySettings:
     """Whether recovered trials run under Ray Tune and ASHA, which stops those that fall behind."""
     population: int = 0
     """How many copies of the chosen candidate population-based training recovers; 0: it is recovered once."""
-    callbacks: tuple[str, ...] = ()
-    """Ray Tune's callbacks that hear of every trial: 'module:Name', or 'file.py:function' that returns one."""
+    callbacks: tuple[object, ...] = ()
+    """Callbacks of Ray Tune (`ray.tune.Callback`) that hear of every trial."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,10 +46,13 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 class Schedule:
     """How long and how fast. `warmup` is the share of the `steps` in which the learning rate rises to its height; it
     then falls to 0 as a cosine. `batch` is in samples. Raises ValueError for what makes no sense.
+
+    The default rate lowered the divergence wherever it was tried (ResNet-20, a small ViT); 1e-3 raised it once of six
+    times in 100 steps. Over many epochs of few samples top-1 goes on rising when the divergence rises again.
     """
 
     steps: int
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     weight_decay: float = 0.0
     warmup: float = 0.05
     temperature: float = 2.0

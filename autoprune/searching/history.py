@@ -11,12 +11,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
+from typing import Any
 
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
 from autoprune.core.space import Choice
 from autoprune.searching.problem import Floats, Problem, as_choice, as_row
+from autoprune.searching.study import INTERRUPTED, WITHDRAWN
+
+BEFORE = "autoprune:before"
+"""System attribute of a trial that was proposed while others ran: the value to beat then, None where there was none."""
 
 STEP_FIRST = 0.15
 STEP_BOUNDS = (0.03, 0.6)
@@ -115,7 +120,7 @@ class History:
         self._release(trial.number)
         if choice is None:
             return
-        if trial.user_attrs.get("reason") != "interrupted":
+        if trial.user_attrs.get("reason") not in (INTERRUPTED, WITHDRAWN):
             self.tried.add(choice)
         value = trial.value if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) else None
         if value is None:
@@ -123,14 +128,19 @@ class History:
         fits = all(amount <= 0 for amount in trial.constraints.values())
         seen = _seen(trial, choice, value=self.sign * value, full=fits and trial.state == TrialState.COMPLETE)
         if fits and trial.user_attrs.get("evaluated", True):
-            self._learn(seen)
+            self._learn(seen, self._won(seen, trial.system_attrs))
 
-    def _learn(self, seen: Seen) -> None:
+    def _won(self, seen: Seen, attrs: Mapping[str, Any]) -> bool | None:
+        """Whether a trial beat the best known when it was proposed; None when it ran beside others before any was."""
+        if BEFORE not in attrs:
+            return seen.full and bool(self.elites) and seen.value < self.elites[0].value
+        return None if attrs[BEFORE] is None else seen.full and seen.value < attrs[BEFORE]
+
+    def _learn(self, seen: Seen, won: bool | None) -> None:
         kind = seen.origin.split(":")[0]
-        won = seen.full and bool(self.elites) and seen.value < self.elites[0].value
-        if kind not in ("prior", "baseline", "given"):
+        if won is not None and kind not in ("prior", "baseline", "given"):
             self.credits.setdefault(kind, Credit()).add(won)
-        if kind == "perturb":
+        if won is not None and kind == "perturb":
             grown = self.step * (_STEP_UP if won else _STEP_DOWN)
             self.step = min(max(grown, STEP_BOUNDS[0]), STEP_BOUNDS[1])
         self.results.append(seen)

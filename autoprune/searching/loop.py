@@ -180,7 +180,8 @@ class _Run:
         else:
             reported = asked.origin.startswith(BASELINE)  # is evaluated to the end, however bad
             self.pending[asked.number] = asked
-            self.lanes.start(Job(asked.number, asked.choice, None if reported else self.best))
+            best = None if reported else self.best
+            self.lanes.start(Job(asked.number, asked.choice, best, whole=reported))
 
     def _next_start(self) -> tuple[str | None, Choice | None]:
         """What has to be evaluated whatever the sampler says; nothing when that is done."""
@@ -203,7 +204,7 @@ class _Run:
             return
         attrs = {"samples": score.samples, **score.attrs, **({"lost_workers": ended.lost} if ended.lost else {})}
         state = self.record.tell(
-            asked, score.value, state="pruned" if score.pruned else "complete", attrs=attrs, step=score.samples
+            asked, score.value, state="pruned" if score.pruned else "complete", attrs=attrs, step=score.step
         )
         if state == TrialState.FAIL:
             self._failed_already(asked, f"the value is {score.value}")

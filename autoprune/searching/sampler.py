@@ -1,13 +1,15 @@
 """The sampler of this search: a portfolio of moves, each of which proposes choices that fit the budget.
 
 An Optuna sampler like any other: it works in `study.optimize`, too. It learns from the study's finished trials and
-draws from (seed, trial number), so the same study and seed always give the same next trial.
+draws from (seed, trial number), so the same study and seed always give the same next trial. Trials that still run are
+taken to turn out as the harm model expects: what they promise is built upon at once, and nothing is proposed twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from heapq import nsmallest
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from autoprune.core.space import Choice
 from autoprune.errors import BudgetError
 from autoprune.searching.fit import Tables, solve_fit
 from autoprune.searching.harm_model import HarmModel, fit_harm_model
-from autoprune.searching.history import ELITES, History, Seen
+from autoprune.searching.history import BEFORE, ELITES, History, Seen
 from autoprune.searching.problem import Floats, Problem, as_choice
 from autoprune.searching.proposals import perturb, swap
 from autoprune.searching.study import distributions_of
@@ -34,17 +36,23 @@ _RECENT = 400  # trials it is fitted to at most: the best and the newest
 _BUCKETS = 2000  # coarser than for the priors: what rounding loses is filled up afterwards
 _TEMPERATURE = 0.5  # of posterior draws: one wrong draw of many weights spoils a candidate
 _CANDIDATES = 20  # neighbours among which `guided` picks
+_BLIND = 3.0  # how much farther weights move beside trials of which none has ended: they are to teach the model first
 
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """A choice, which move made it, from which trial; with the weights when it was solved on a weighted prior."""
+    """A choice, which move made it, from which trial; with the weights when it was solved on a weighted prior.
+
+    `before` is the value to beat, known when other trials ran beside it and some had ended.
+    """
 
     choice: Choice
     origin: str
     parent: int | None = None
     prior: str | None = None
     weights: Floats | None = None
+    beside: bool = False
+    before: float | None = None
 
 
 @dataclass(slots=True)
@@ -55,6 +63,7 @@ class _State:
     model: HarmModel | None = None
     fitted: int = 0
     best: list[Seen] = field(default_factory=list)  # of those that it was fitted to
+    believed: dict[int, float] = field(default_factory=dict)  # what it predicts of running trials, by number
 
 
 @dataclass(slots=True)
@@ -121,6 +130,8 @@ class BudgetSampler(BaseSampler):
             rounded = [round(100 * float(weight)) for weight in proposal.weights]
             storage.set_trial_system_attr(trial_id, "autoprune:prior", proposal.prior)
             storage.set_trial_system_attr(trial_id, "autoprune:weights", rounded)
+        if proposal.beside:
+            storage.set_trial_system_attr(trial_id, BEFORE, proposal.before)
         params = dict(zip(self._problem.space.names, proposal.choice, strict=True))
         return {name: params[name] for name in search_space}
 
@@ -134,9 +145,14 @@ class BudgetSampler(BaseSampler):
     def propose(self, study: Study, number: int) -> Proposal:
         """The proposal for trial `number`, given the trials that the study holds."""
         state = self._state(study)
-        waiting = self._waiting_start(state.history)
-        if waiting is not None:
-            return waiting
+        proposal = self._waiting_start(state.history) or self._moved(state, number)
+        if not state.history.running:
+            return proposal
+        elites = state.history.elites
+        return replace(proposal, beside=True, before=elites[0].value if elites else None)
+
+    def _moved(self, state: _State, number: int) -> Proposal:
+        """What a move proposes: one that paid more often than another, until one finds something new."""
         context = _Context(state, np.random.default_rng([self._seed, number]), number)
         last: Proposal | None = None
         for attempt in range(_ATTEMPTS):
@@ -191,6 +207,8 @@ class BudgetSampler(BaseSampler):
         history = context.state.history
         prior = self._pick_prior(context)
         step = history.step * (1 + 0.25 * context.attempt)
+        if history.running and len(history.results) < _MODEL_FROM:
+            step *= _BLIND
         harm, weights = perturb(
             self._problem, self._harms[prior], history.best_weights(prior), step=step, rng=context.rng
         )
@@ -198,7 +216,7 @@ class BudgetSampler(BaseSampler):
         return None if choice is None else Proposal(choice, "perturb", prior=prior, weights=weights)
 
     def _swap(self, context: _Context) -> Proposal | None:
-        parent = self._pick_elite(context)
+        parent = self._pick_parent(context)
         harm = self._belief(context)
         size = 0 if context.attempt < 4 else context.attempt // 2
         choice = swap(self._problem, parent.choice, harm=harm, tables=self._tables, rng=context.rng, size=size)
@@ -210,7 +228,7 @@ class BudgetSampler(BaseSampler):
         return None if choice is None else Proposal(choice, "model")
 
     def _guided(self, context: _Context) -> Proposal | None:
-        parent = self._pick_elite(context)
+        parent = self._pick_parent(context)
         model = self._model(context)
         harm = model.expected()
         history = context.state.history
@@ -250,9 +268,29 @@ class BudgetSampler(BaseSampler):
         ranked = sorted(self._harms, key=lambda name: (values.get(name, np.inf), name))
         return ranked[min(int(context.rng.geometric(0.65)) - 1, len(ranked) - 1)]
 
-    def _pick_elite(self, context: _Context) -> Seen:
-        elites = context.state.history.elites
-        return elites[min(int(context.rng.geometric(0.5)) - 1, len(elites) - 1, ELITES - 1)]
+    def _pick_parent(self, context: _Context) -> Seen:
+        """One of the best trials, a running one among them if the model expects as much of it."""
+        parents = self._parents(context)
+        return parents[min(int(context.rng.geometric(0.5)) - 1, len(parents) - 1, ELITES - 1)]
+
+    def _parents(self, context: _Context) -> list[Seen]:
+        """The best trials. A running one counts with its prediction, plus what predictions of the best ones miss."""
+        history = context.state.history
+        if not history.running or not self._possible("model", history):
+            return history.elites
+        model, believed = self._model(context), context.state.believed
+        new = [number for number in history.running if number not in believed]
+        if new:
+            rows = np.array([history.running[number] for number in new], dtype=np.int64)
+            believed.update(zip(new, model.predict(rows).tolist(), strict=True))
+        best = model.predict(np.array([seen.choice for seen in history.elites], dtype=np.int64))
+        missed = float(np.mean([seen.value for seen in history.elites] - best))
+        hopes = [
+            Seen(number, choice, believed[number] + missed, "running", full=False, weights=None, prior=None)
+            for number, choice in history.running.items()
+            if believed[number] + missed < history.elites[-1].value
+        ]
+        return nsmallest(ELITES, [*history.elites, *hopes], key=lambda seen: (seen.value, seen.number))
 
     def _solved(self, context: _Context, harm: Floats) -> Choice | None:
         """The knapsack on `harm`, with costs linearised once round the best trial."""
@@ -289,4 +327,5 @@ class BudgetSampler(BaseSampler):
             trust=np.array([1.0 if seen.full else 0.3 for seen in results]),
         )
         state.fitted = count
+        state.believed = {}
         return state.model

@@ -7,7 +7,7 @@ paired by sample, so little data tells much. Knows the selection data and nothin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -50,6 +50,15 @@ class Selection:
         count = sum(len(batch) for batch in batches)
         return Selection(tuple(batches), tuple(replace(head, dense=head.dense[:count]) for head in self.heads))
 
+    def beginning(self, count: int) -> Selection:
+        """The same for the first batches alone, until they hold `count` samples."""
+        held, few = 0, []
+        for batch in self.batches:
+            if held < count:
+                few.append(batch)
+                held += len(batch)
+        return self.first(few)
+
     def divergences(self, model: nn.Module) -> Tensor:
         """Of `model` for every sample, (samples,) float64."""
         return torch.cat([values for _, values in self.in_batches(model)])
@@ -79,9 +88,23 @@ class Scorer:
         self._space = space
         self._selection = selection
 
+    @property
+    def selection(self) -> Selection:
+        """The data that candidates are scored on."""
+        return self._selection
+
+    @property
+    def norms(self) -> Mapping[str, str]:
+        """Layer -> norm that reads it."""
+        return self._stitcher.norms
+
+    def candidate(self, choice: Choice) -> Candidate:
+        """The candidate of a choice."""
+        return self._stitcher.build(self._space.options_of(choice))
+
     def __call__(self, choice: Choice, best: Best | None) -> Score:
         """The mean divergence of `choice` (nats, or relative squared error). `best` None: all samples are used."""
-        candidate = self._stitcher.build(self._space.options_of(choice))
+        candidate = self.candidate(choice)
         fold_norms(candidate.model, self._stitcher.norms)  # ours alone, and thrown away after
         rival = None if best is None or best.seen is None else torch.from_numpy(np.array(best.seen))
         seen, complete = self._observe(candidate, rival)

@@ -261,7 +261,7 @@ def open_study(
         raise RunError(f"{place}: there is no study {name!r} in it yet; start the search first")
     shown = place if isinstance(place, Path) else shown_url(place)
     try:
-        storage = _storage(place, mend=claim, note=note)
+        storage = _storage(place, claim=claim, note=note)
         study = _load(storage, name, sampler=sampler)
         if study is None and claim:
             study = _made(storage, name, direction=direction, sampler=sampler)
@@ -283,10 +283,10 @@ def open_study(
     return record
 
 
-def _storage(place: Path | str, *, mend: bool, note: Callable[[str], None] | None) -> TrialJournal | Database:
+def _storage(place: Path | str, *, claim: bool, note: Callable[[str], None] | None) -> TrialJournal | Database:
     if isinstance(place, Path):
-        return TrialJournal(place, mend=mend, patience=Patience(note=note))
-    return Database(place, note=note)
+        return TrialJournal(place, mend=claim, patience=Patience(note=note))
+    return Database(place, note=note, create=claim)
 
 
 def _load(storage: BaseStorage, name: str, *, sampler: BaseSampler) -> Study | None:

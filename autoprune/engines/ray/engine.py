@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, final
 from uuid import uuid4
 
 import ray
+from torch import Tensor
 
 from autoprune.engines import freight
-from autoprune.engines.base import Evaluate, Item, Lanes, Parameters, Result, Shared
+from autoprune.engines.base import (
+    Climb,
+    Course,
+    Evaluate,
+    Item,
+    Lanes,
+    Parameters,
+    Result,
+    Shared,
+    train_here,
+)
 from autoprune.engines.freight import Freight
+from autoprune.engines.ray.callbacks import Heard
 from autoprune.engines.ray.cluster import Cluster, connected
 from autoprune.engines.ray.lanes import ActorLanes
 from autoprune.engines.ray.target import Target
+from autoprune.engines.ray.tune import TuneLanes, population
 from autoprune.engines.settings import EngineSettings
 from autoprune.progress import Progress
 
@@ -25,12 +39,13 @@ class RayEngine:
 
     name = "ray"
 
-    def __init__(self, settings: EngineSettings, progress: Progress) -> None:
+    def __init__(self, settings: EngineSettings, folder: Path, progress: Progress) -> None:
         self._settings = settings
+        self._folder = folder
         self._progress = progress
         self._cluster: Cluster = connected(settings, progress)
         self._target = Target(settings, progress)
-        self._made: tuple[Evaluate, ActorLanes] | None = None
+        self._made: tuple[Evaluate, Lanes] | None = None
 
     def where(self) -> str | None:
         """The machine that is the target, None where no node is."""
@@ -40,9 +55,29 @@ class RayEngine:
         """Actors. What they evaluate with is put into the object store once, and is on each of their nodes once."""
         if self._made is None or self._made[0] is not evaluate:
             self._release()
-            workers = self._settings.workers or self._cluster.room(self._settings.ray)
-            self._made = (evaluate, ActorLanes(evaluate, self._settings, workers=workers, progress=self._progress))
+            actors: Lanes = ActorLanes(evaluate, self._settings, workers=self._workers(), progress=self._progress)
+            callbacks = self._settings.ray.callbacks
+            self._made = (evaluate, Heard(actors, callbacks, self._folder) if callbacks else actors)
         return self._made[1]
+
+    def climbs(self, climb: Climb) -> Lanes:
+        """Trials of Ray Tune."""
+        if self._made is None or self._made[0] is not climb:
+            self._release()
+            self._made = (climb, TuneLanes(climb, self._settings, workers=self._workers(), folder=self._folder))
+        return self._made[1]
+
+    def train(self, course: Course) -> Mapping[str, Tensor] | None:
+        """A population under Ray Tune, or one task."""
+        self._release()
+        if self._settings.ray.population > 1:
+            return population(course, self._settings, folder=self._folder)
+        state: Mapping[str, Tensor] | None
+        (state,) = self.each(_trained, course, [None])
+        return state
+
+    def _workers(self) -> int:
+        return self._settings.workers or self._cluster.room(self._settings.ray)
 
     def each(self, work: Callable[[Shared, Item], Result], shared: Shared, items: Sequence[Item]) -> Iterator[Result]:
         """Tasks of one CPU, in the order of `items`; one whose worker dies is begun again by Ray."""
@@ -71,6 +106,10 @@ class RayEngine:
         if self._made is not None:
             self._made[1].close()
             self._made = None
+
+
+def _trained(course: Course, _nothing: None) -> Mapping[str, Tensor] | None:
+    return train_here(course)
 
 
 def _piece(key: str, cargo: Freight, item: Any) -> Any:
