@@ -68,7 +68,8 @@ def write_down(bench: Workbench, found: Found, floor: Floor, *, title: str) -> W
     for contender in found.finalists:  # the best baseline, recovered like the finalists
         if contender.label != "finalist" and contender.recovery is not None:
             held_out = score(contender.candidate.model, task.evaluator, part, batch=bench.subject.batch)
-            baselines[f"{contender.label}, refitted"] = measured(bench, contender, held_out)
+            how = "fine-tuned" if "fine-tuned" in contender.recovery else "refitted"
+            baselines[f"{contender.label}, {how}"] = measured(bench, contender, held_out)
     side = side_file(bench, found.chosen)
     policy = _policy(bench, found, floor, Evidence(
         metric=task.evaluator.name, dense=dense, pruned=chosen, baselines=baselines, verified=True,

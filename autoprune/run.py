@@ -49,27 +49,30 @@ class Kept(Generic[Table]):
     ) -> tuple[Table, bool]:
         """The table and whether it was there already: in the run folder, or with those who share the storage.
 
-        Raises TargetError where it is not and nothing can be measured now.
+        Raises TargetError where it is not and nothing can be measured: the text says which folder was looked into.
         """
         folder, where = run.folder / "tables", run.engine.where()
-        paths = self._paths(folder, where)
-        for path in paths:
+        for path in self._paths(folder, where):
             if (table := self._read(path, note)) is not None:
                 return self._shared(run, table), True
         if where is None:
-            raise TargetError(
-                f"{self.kind}: no node of the cluster is the target, and {folder} has no table of it: "
-                "nothing can be measured. Start Ray on the target with "
-                "`ray start --address=HEAD:6379 --resources='{\"autoprune_target\": 1}'`, "
-                "or copy the folder tables/ of a run that was measured there"
-            )
+            where = self._waited_for(run, folder)
         if run.board is None:
             table, made = measure(), True
         else:
             text, made = run.board.once(f"{self.kind} {self.key}", lambda: measure().model_dump_json())
             table = self.model.model_validate_json(text)
-        write_text(paths[0], table.model_dump_json(indent=1))
+        write_text(self._paths(folder, where)[0], table.model_dump_json(indent=1))
         return table, not made
+
+    def _waited_for(self, run: Run, folder: Path) -> str:
+        try:
+            return run.engine.where_to_measure()
+        except TargetError as error:
+            raise TargetError(
+                f"{self.kind}: {folder} has no table of the target, and it cannot be measured: {error}; or copy the "
+                "folder tables/ of a run that was measured there"
+            ) from error
 
     def _paths(self, folder: Path, where: str | None) -> list[Path]:
         """Where it is kept: one place for each machine."""

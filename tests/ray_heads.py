@@ -105,9 +105,9 @@ def head(
         for attempt in range(ATTEMPTS):
             gcs, jobs, agent, client = _free_ports(4)
             asked = [
-                "--head", f"--port={gcs}", f"--include-dashboard={str(dashboard).lower()}", "--dashboard-host=127.0.0.1",
-                f"--dashboard-port={jobs}", f"--dashboard-agent-listen-port={agent}",
-                f"--ray-client-server-port={client}", f"--temp-dir={folder}",
+                "--head", f"--port={gcs}", f"--include-dashboard={str(dashboard).lower()}", f"--temp-dir={folder}",
+                "--dashboard-host=127.0.0.1", f"--dashboard-port={jobs}", f"--dashboard-agent-listen-port={agent}",
+                f"--ray-client-server-port={client}",
             ]  # fmt: skip
             started = _started(asked, cpus, resources, log=folder / f"head{attempt}.log", variables=variables)
             stack.callback(started.stop)
@@ -163,7 +163,13 @@ def _started(
     ]  # fmt: skip
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=variables, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            env=variables,
+            cwd=log.parent,
+            start_new_session=True,
         )
     return Node(process, log)
 

@@ -32,6 +32,7 @@ from autoprune.model.describe import macs_of
 from autoprune.model.flow import norms_after
 from autoprune.nest import tensors_of
 from autoprune.progress import Silent
+from autoprune.run import JOURNAL
 from autoprune.storage import FLOATS, onnx_file
 from autoprune.verify import Stopwatch, params
 from autoprune.windows import windows
@@ -503,7 +504,7 @@ def test_a_run_goes_beside_its_configuration(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(elsewhere)
     api.search_config(config_of(folder), folder=folder, progress=Silent())
     assert list(elsewhere.iterdir()) == []
-    assert (folder / "out" / api.JOURNAL).is_file()
+    assert (folder / "out" / JOURNAL).is_file()
 
 
 def test_resume_continues_a_finished_run(run: Run) -> None:

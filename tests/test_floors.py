@@ -54,6 +54,8 @@ LEVELS: dict[str, int] = {
     "contender": 7,
     "rivals": 7,
     "pursue": 7,
+    "aim": 7,
+    "recovery": 7,
     "evidence": 7,
     "apply": 7,
     "origin": 6,

@@ -215,6 +215,10 @@ class Engine(Protocol):
         """What the machine is called that `measure` runs on, and its processor; None where there is none now."""
         ...
 
+    def where_to_measure(self) -> str:
+        """The same, waited for where it may still come. Raises TargetError when it does not."""
+        ...
+
     def lanes(self, evaluate: Evaluate) -> Lanes:
         """Lanes that answer what `evaluate` does. The same ones again for the same function."""
         ...

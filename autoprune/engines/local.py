@@ -79,6 +79,10 @@ class Local:
         """This machine."""
         return this_machine()
 
+    def where_to_measure(self) -> str:
+        """This machine."""
+        return this_machine()
+
     def lanes(self, evaluate: Evaluate) -> Lanes:
         """This process, or the worker processes, which are started once for a function."""
         if self._workers == 1:

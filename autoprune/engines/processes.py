@@ -65,7 +65,9 @@ class ProcessLanes:
             raise
 
     def idle(self) -> int:
-        """Workers without a job, less jobs that wait to be done again."""
+        """Workers without a job, less jobs that wait to be done again. RunError once closed."""
+        if not self._workers:
+            raise RunError("these worker processes have ended; ask the engine for new ones")
         return sum(worker.job is None for worker in self._workers) - len(self._again)
 
     def start(self, job: Job) -> None:

@@ -14,8 +14,8 @@ from torch.nn import functional
 from autoprune.demo.data import PIXEL_MAX, Part, digits
 
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
-EPOCHS = 15
-BATCH = 64
+EPOCHS = 8
+BATCH = 32
 
 
 def samples(part: Part) -> tuple[Tensor, Tensor]:
@@ -27,10 +27,10 @@ def samples(part: Part) -> tuple[Tensor, Tensor]:
 def network() -> nn.Sequential:
     """The untrained network."""
     return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(32, 48, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(48, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        nn.Linear(64, 10),
+        nn.Conv2d(1, 48, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(48, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(64, 96, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(96, 10),
     )  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def train() -> nn.Sequential:
     torch.manual_seed(0)
     inputs, labels = samples("calibration")
     trained = network()
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3)
     for _ in range(EPOCHS):
         for batch in torch.randperm(len(inputs)).split(BATCH):
             optimizer.zero_grad()

@@ -4,6 +4,7 @@ same, each as a Tune trial with one result.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ class Heard:
         self._callbacks = callbacks
         name = f"search-{uuid4().hex[:8]}"
         self._storage = StorageContext(storage_path=str(folder.resolve() / "tune"), experiment_dir_name=name)
+        self._folder = folder.resolve() / "tune" / name
         self._trials: dict[int, Trial] = {}
         self._begun = time.monotonic()
         self._done = 0
@@ -53,7 +55,7 @@ class Heard:
             return ended
         self._done += 1
         if ended.score is None:
-            self._tell("on_trial_error", trial)
+            self._over("on_trial_error", trial)
             return ended
         attrs = {key: value for key, value in ended.score.attrs.items() if isinstance(value, int | float | str)}
         result = {
@@ -61,16 +63,16 @@ class Heard:
             "timesteps_total": ended.number, "time_total_s": time.monotonic() - self._begun,
             "trial_id": trial.trial_id, "config": trial.config, "done": True,
         }  # fmt: skip
-        trial.last_result = result
+        trial.update_last_result(result)
         self._tell("on_trial_result", trial, result=result)
-        self._tell("on_trial_complete", trial)
+        self._over("on_trial_complete", trial)
         return ended
 
     def cancel(self) -> None:
         """Give up what is running, which callbacks hear as errors."""
         self._lanes.cancel()
         for trial in self._trials.values():
-            self._tell("on_trial_error", trial)
+            self._over("on_trial_error", trial)
         self._trials.clear()
 
     def close(self) -> None:
@@ -78,6 +80,11 @@ class Heard:
         self._lanes.close()
         for callback in self._callbacks:
             callback.on_experiment_end(trials=[])
+
+    def _over(self, event: str, trial: Trial) -> None:
+        """Tell that a trial has ended, and bring what was written for it into the run folder, as Tune does."""
+        self._tell(event, trial)
+        shutil.copytree(trial.local_path, self._folder / Path(trial.local_path).name, dirs_exist_ok=True)
 
     def _tell(self, event: str, trial: Trial, **more: Any) -> None:
         for callback in self._callbacks:

@@ -56,6 +56,11 @@ def connected(settings: EngineSettings, progress: Progress) -> Cluster:
         ) from error
     nodes = [node for node in ray.nodes() if node["Alive"]]
     progress.note(f"ray {ray.__version__}: {len(nodes)} node{'s' * (len(nodes) > 1)}, {_summed()}")
+    if not ray.cluster_resources().get(TARGET):
+        progress.note(
+            f"ray: no node is the target yet, and every search times its finalists in the end: start Ray there with "
+            f"`ray start --address=HEAD:6379 --resources='{{\"{TARGET}\": 1}}'`"
+        )
     return Cluster(ours=True)
 
 

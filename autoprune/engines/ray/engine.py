@@ -51,6 +51,10 @@ class RayEngine:
         """The machine that is the target, None where no node is."""
         return self._target.where()
 
+    def where_to_measure(self) -> str:
+        """The machine that is the target, waited for as long as the settings say."""
+        return self._target.wait()
+
     def lanes(self, evaluate: Evaluate) -> Lanes:
         """Actors. What they evaluate with is put into the object store once, and is on each of their nodes once."""
         if self._made is None or self._made[0] is not evaluate:
@@ -84,9 +88,9 @@ class RayEngine:
         if not items:
             return
         self._release()
-        key, cargo = uuid4().hex, ray.put(freight.pack((work, shared)))
+        key, cargo = uuid4().hex, ray.put(freight.pack((work, shared, list(items))))
         piece = ray.remote(num_cpus=1, max_retries=self._settings.retries)(_piece)
-        yield from map(ray.get, [piece.remote(key, cargo, item) for item in items])
+        yield from map(ray.get, [piece.remote(key, cargo, index) for index in range(len(items))])
 
     def measure(
         self, work: Callable[Parameters, Result], *args: Parameters.args, **kwargs: Parameters.kwargs
@@ -112,9 +116,9 @@ def _trained(course: Course, _nothing: None) -> Mapping[str, Tensor] | None:
     return train_here(course)
 
 
-def _piece(key: str, cargo: Freight, item: Any) -> Any:
-    work, shared = _unpacked(key, _Held(cargo))
-    return work(shared, item)
+def _piece(key: str, cargo: Freight, index: int) -> Any:
+    work, shared, items = _unpacked(key, _Held(cargo))
+    return work(shared, items[index])
 
 
 class _Held:
@@ -131,7 +135,7 @@ class _Held:
 
 
 @lru_cache(maxsize=1)
-def _unpacked(key: str, held: _Held) -> tuple[Callable[..., Any], Any]:  # noqa: ARG001
+def _unpacked(key: str, held: _Held) -> tuple[Callable[..., Any], Any, Sequence[Any]]:  # noqa: ARG001
     """Unpack once in a worker process, for all pieces of one work that it does."""
-    found: tuple[Callable[..., Any], Any] = freight.unpack(held.cargo)
+    found: tuple[Callable[..., Any], Any, Sequence[Any]] = freight.unpack(held.cargo)
     return found

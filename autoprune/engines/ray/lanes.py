@@ -83,7 +83,9 @@ class ActorLanes:
         self._lanes = [self._started() for _ in range(workers)]
 
     def idle(self) -> int:
-        """Actors that are there and have no job, less jobs that wait to be done again."""
+        """Actors that are there and have no job, less jobs that wait to be done again. RunError once closed."""
+        if not self._lanes:
+            raise RunError("ray: these lanes are closed; ask the engine for new ones")
         self._greet(0.0)
         return sum(lane.hello is None and lane.job is None for lane in self._lanes) - len(self._again)
 

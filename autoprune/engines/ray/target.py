@@ -37,8 +37,15 @@ class Target:
             return None
         identity = nodes[0]["NodeID"]
         if identity not in self._names:
-            self._names[identity] = ray.get(_name().options(**_there(nodes[0], cpus=0)).remote())
+            self._names[identity] = ray.get(_name().options(**_there(nodes[0])).remote())
         return self._names[identity]
+
+    def wait(self) -> str:
+        """The same, waited for. Raises TargetError when none comes."""
+        self._node()
+        where = self.where()
+        assert where is not None
+        return where
 
     def measure(self, work: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What `work` returns there, or raise what it raises there. A node that dies meanwhile costs a retry."""
@@ -48,7 +55,7 @@ class Target:
         for attempt in range(1 + self._settings.retries):
             node = self._node()
             queue = Queue(actor_options={"num_cpus": 0}) if "progress" in kwargs else None
-            task = ray.remote(_measured).options(max_retries=0, **_there(node, cpus=node["Resources"].get("CPU", 0)))
+            task = ray.remote(_measured).options(max_retries=0, **_alone(node))
             reference = task.remote(cargo, queue)
             try:
                 return self._heard(reference, queue, progress)
@@ -105,9 +112,14 @@ def _name() -> Any:
     return ray.remote(num_cpus=0)(this_machine)
 
 
-def _there(node: Mapping[str, Any], *, cpus: float) -> dict[str, Any]:
-    affinity = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-    return {"num_cpus": cpus, "scheduling_strategy": affinity, **({"resources": {TARGET: 1}} if cpus else {})}
+def _there(node: Mapping[str, Any]) -> dict[str, Any]:
+    """On that node, beside whatever runs there."""
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)}
+
+
+def _alone(node: Mapping[str, Any]) -> dict[str, Any]:
+    """On that node with all its CPUs (a target may be started with none, to keep evaluations away), one at a time."""
+    return _there(node) | {"num_cpus": node["Resources"].get("CPU", 0), "resources": {TARGET: 1}}
 
 
 def _pass_on(queue: Queue, progress: Progress) -> None:
