@@ -27,7 +27,7 @@ from autoprune.data import as_data
 from autoprune.engines import open_engine
 from autoprune.engines.local import Local
 from autoprune.engines.settings import EngineSettings, RaySettings
-from autoprune.errors import BudgetError, ConfigError, MissedError
+from autoprune.errors import BudgetError, ConfigError, HelpedError, MissedError
 from autoprune.evaluators import evaluator
 from autoprune.evaluators.base import Evaluator
 from autoprune.evaluators.function import Function
@@ -103,7 +103,8 @@ def search(  # noqa: PLR0913 (one flat, keyword-only door, like the configuratio
     `max_drop` is how much worse the metric may get (`1%`: points for top1 and other shares, else of the dense value;
     a number: its own unit); `min_accuracy` and `max_loss` bound the metric itself.
     `size` says what a budget on size counts: the ONNX file, the packed file or the tensors as they are.
-    `run` is a folder that later searches reuse; default: a fresh temporary one. Raises BudgetError, MissedError, ....
+    `run` is a folder that later searches reuse; default: a fresh temporary one. Raises BudgetError, MissedError, and
+    HelpedError where a search is shared with the machine that is the target (`Plan.storage`).
     """
     data = as_data(calibration, validation)
     goal = Target() if target is None else target
@@ -124,6 +125,8 @@ def search(  # noqa: PLR0913 (one flat, keyword-only door, like the configuratio
     outcomes = _campaign(
         task, parse_budgets(texts), floor, plan=plan or Plan(), folder=folder, progress=progress or Silent()
     )
+    if not outcomes:
+        raise HelpedError("all trials are done; the policy is written where the latencies were measured")
     return outcomes[-1]
 
 
@@ -240,7 +243,11 @@ def _campaign(
         bench = _bench(task, budgets, run, progress)
         outcomes = []
         for budget in budgets:
-            found = _found(bench, budget, floor, plan=plan, progress=progress)
+            try:
+                found = _found(bench, budget, floor, plan=plan, progress=progress)
+            except HelpedError as helped:
+                progress.note(f"{budget.text}: {helped}")
+                continue
             outcomes.append(_written(bench, found, floor, folder=folder / _slug(budget, floor), progress=progress))
     missed = [outcome for outcome in outcomes if not outcome.met]
     if missed:

@@ -384,11 +384,20 @@ def demo_config(overrides: Mapping[str, object], *, goal: bool = True) -> Config
 def save_run(config: Config, folder: Path, run: Path) -> None:
     """Keep in `run` what a resumed search needs: the configuration, and the folder its paths are relative to."""
     kept = config.model_dump(mode="json", exclude_unset=True, exclude={"run"})
+    if "storage" in kept.get("search", {}) and config.search.storage is not None:
+        kept["search"]["storage"] = without_password(config.search.storage)
     write_text(run / RUN_FILE, json.dumps({"folder": str(folder.resolve()), "config": kept}, indent=1))
 
 
+def without_password(url: str) -> str:
+    """A database's URL as it may be written to disk; the password then comes from where its client looks for one."""
+    return re.sub(r"(?s)^([^:/@]+://[^:/@]*):[^@]*@", r"\1@", url)
+
+
 def load_run(run: Path, overrides: Mapping[str, object]) -> tuple[Config, Path]:
-    """The configuration a run was started with, `overrides` on top, and its folder. Raises RunError for no run."""
+    """The configuration a run was started with, `overrides` on top, and its folder: where that is gone (a cluster's job
+    has one for itself, a project was moved), the working folder. Raises RunError for no run.
+    """
     path = run / RUN_FILE
     if not path.is_file():
         raise RunError(f"{run}: is no autoprune run (it has no {RUN_FILE}); give the folder of an earlier search")
@@ -399,7 +408,8 @@ def load_run(run: Path, overrides: Mapping[str, object]) -> tuple[Config, Path]:
         config = Config.model_validate(_overridden({**content["config"], "run": str(run.resolve())}, _given(overrides)))
     except ValidationError as error:
         raise _error(problems_of(error, Config), str(path), set(overrides)) from None
-    return config, Path(str(content["folder"]))
+    folder = Path(str(content["folder"]))
+    return config, folder if folder.is_dir() else Path.cwd()
 
 
 def json_schema() -> dict[str, Any]:

@@ -101,10 +101,11 @@ def _table(subject: Subject, space: Space, run: Run, progress: Progress) -> Late
 
     def measured() -> LatencyTable:
         progress.phase("profile")
-        return run.engine.measure(
+        table = run.engine.measure(
             measure_table, space, architecture, bench=_shapes(subject, space, run.folder, progress), key=key,
             seed=task.seed, models=subject.samples.fit, check=subject.samples.check, progress=progress,
         )  # fmt: skip
+        return table.model_copy(update={"where": run.engine.where() or ""})
 
     kept = Kept("latency", key, LatencyTable)
     table, reused = kept.found_or_made(run, measured, note=progress.note)

@@ -48,6 +48,14 @@ class MissedError(AutopruneError):
     exit_code = 4
 
 
+class HelpedError(AutopruneError):
+    """No error: this machine evaluated trials for a search whose latencies were measured on another one, which alone
+    can time the finalists and write the policy.
+    """
+
+    exit_code = 0
+
+
 def near_miss(name: str, known: Iterable[str]) -> str:
     """A sentence that names the closest of `known`, or all of them when few: `"did you mean 'top1'?"`."""
     names = sorted(known)

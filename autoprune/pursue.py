@@ -17,7 +17,7 @@ from autoprune.contender import Contender, misses, off_by, predicted
 from autoprune.core.budget import Budget, Limit, Metric
 from autoprune.core.floor import Floor
 from autoprune.engines.base import Lanes
-from autoprune.errors import BudgetError
+from autoprune.errors import BudgetError, HelpedError
 from autoprune.goal import Plan, Recover, resolve_limits
 from autoprune.model.fingerprint import of_text
 from autoprune.profile.clock import Timing
@@ -104,6 +104,16 @@ def pursue(bench: Workbench, budget: Budget, *, plan: Plan, progress: Progress, 
     return Found(budget, limits, chosen, tuple(recovered), tuple(baselines), attempt.dense, attempt.record, rounds)
 
 
+def _leave_the_rest(bench: Workbench, limits: Mapping[Metric, float]) -> None:
+    """Raises HelpedError where the search is shared and its latencies are those of another machine."""
+    where, table = bench.run.engine.where(), bench.table
+    if bench.run.board is not None and "latency" in limits and table is not None and table.where != where:
+        raise HelpedError(
+            f"the trials are done; the search goes on where its latencies were measured ({table.where}), which this "
+            f"machine is not ({where})"
+        )
+
+
 def _affordable(model: nn.Module, finalists: int) -> int:
     """How many finalists are held at once: fewer of a large model, two at least."""
     return int(min(finalists, max(2, _FINALIST_BYTES // max(size_bytes(model), 1))))
@@ -157,6 +167,7 @@ def _attempt(
 ) -> _Attempt:  # fmt: skip
     """Search with predictions below `allowed`, then time the best: those that keep `limits`, and all."""
     problem, record, finished = _search(bench, allowed, plan, study=study, progress=progress)
+    _leave_the_rest(bench, limits)
     finalists, baselines, dense = _timed(bench, problem, record, finished, plan=plan, progress=progress)
     keeping = [contender for contender in finalists if not misses(bench, contender, limits)]
     return _Attempt(keeping, finalists, baselines, dense, record)

@@ -15,8 +15,8 @@ from autoprune.searching.sampler import BudgetSampler, prior_starts
 from autoprune.searching.samplers import sampler_by_name
 from autoprune.searching.study import open_study
 
-SEEDS = 8
-TRIALS = 64
+SEEDS = 5
+TRIALS = 100
 
 
 @pytest.fixture(scope="module")
@@ -68,24 +68,22 @@ def test_before_anything_is_known_weights_move_farther_than_one_by_one(middling,
         found = [trial.system_attrs.get("autoprune:weights", []) for trial in record.trials()]
         return np.std([weight / 100 for weights in found for weight in weights if weight])
 
-    assert moved(beside) > 2 * STEP_FIRST > 2 * 0.5 * moved(alone)
+    assert moved(beside) > 2 * STEP_FIRST > moved(alone)
 
 
 def test_as_good_side_by_side_as_one_by_one(tmp_path):
-    problem, truth = toy_problem(toy_space((2, 2, 2), 8, methods=("l2", "obs")), seed=7, coupling=0.6)
+    """Within what the seed alone does to one worker; `benchmarks/parallel_quality.py` asks more problems and seeds."""
+    problem, truth = toy_problem(toy_space((2,) * 12, 8, methods=("l2", "obs")), seed=7, coupling=0.6)
     best = {}
     for workers in (1, 8, 32):
         folder = tmp_path / str(workers)
         folder.mkdir()
         runs = [searched(problem, truth, folder, trials=TRIALS, workers=workers, seed=seed) for seed in range(SEEDS)]
         best[workers] = np.array([min(values) for _, values in runs])
-    print({workers: np.sort(found).round(5).tolist() for workers, found in best.items()})
-    low, high = np.quantile(best[1], [0.1, 0.9])
-    assert low < high
+    low, high = best[1].min(), best[1].max()
     for workers in (8, 32):
         assert np.median(best[workers]) <= high
-        assert best[workers].mean() - best[1].mean() < high - low
-        assert (best[workers] <= best[1].max()).mean() >= 0.7
+        assert best[workers].mean() - best[1].mean() < 0.5 * (high - low)
 
 
 def test_trials_that_a_dead_process_was_running_are_given_up_and_the_search_goes_on(middling, tmp_path, monkeypatch):

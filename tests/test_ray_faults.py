@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,27 +133,42 @@ class Diary:
 
 
 class Cluster:
-    """A head that evaluates nothing, and nodes that do."""
+    """A head that evaluates nothing, and nodes that do. Nodes start beside what else goes on."""
 
     def __init__(self, stack: ExitStack) -> None:
         self.head: Head = stack.enter_context(head(0, dashboard=False))
+        self.nodes: list[Node] = []
         self._stack = stack
-        self.nodes: list[Node] = [stack.enter_context(node(self.head.address, CPUS)) for _ in range(NODES)]
+        self._pool = stack.enter_context(ThreadPoolExecutor(NODES))
+        for started in [self._pool.submit(self._start) for _ in range(NODES)]:
+            started.result()
 
     def replace(self, gone: Node) -> None:
-        """Another node in place of one that is gone."""
+        """Another node in place of one that is gone, when it is there."""
         self.nodes.remove(gone)
-        self.nodes.append(self._stack.enter_context(node(self.head.address, CPUS)))
+        self._pool.submit(self._start)
 
     def processes(self) -> list[Any]:
         """Those of the nodes."""
-        return [process for each in self.nodes for process in below(each.process.pid)]
+        return [process for each in list(self.nodes) for process in below(each.process.pid)]
+
+    def kill(self) -> None:
+        """All of it."""
+        for each in [*self.nodes, self.head.node]:
+            each.kill()
+
+    def _start(self) -> None:
+        self.nodes.append(self._stack.enter_context(node(self.head.address, CPUS)))
 
 
 @contextmanager
 def cluster() -> Iterator[Cluster]:
     with ExitStack() as stack:
-        yield Cluster(stack)
+        made = Cluster(stack)
+        try:
+            yield made
+        finally:
+            made.kill()  # which is quicker than to stop it
 
 
 def below(pid: int) -> list[Any]:
@@ -197,29 +213,33 @@ class Faults:
 
         waited_for(enough, f"no more than {len(self.study.told())} trials\n{driver.said()}")
 
-    def kill_worker(self, cluster: Cluster) -> None:
+    def kill_worker(self, cluster: Cluster, driver: Driver) -> None:
         """One that is evaluating."""
 
         def victim() -> Any:
+            assert driver.process.poll() is None, driver.said()
             running = set(self.diary.running())
             found = [each for each in cluster.processes() if each.pid in running]
             return self.rng.choice(found) if found else None
 
         waited_for(victim, "no worker evaluates anything").kill()
 
-    def kill_raylet(self, cluster: Cluster) -> None:
+    def kill_raylet(self, cluster: Cluster, driver: Driver) -> None:
         """The process of a node that holds its workers; they are to find out by themselves."""
-        gone = self.rng.choice(cluster.nodes)
+        gone = self._node(cluster)
         for each in below(gone.process.pid):
             if each.name() == "raylet":
                 each.kill()
         cluster.replace(gone)
 
-    def kill_node(self, cluster: Cluster) -> None:
+    def kill_node(self, cluster: Cluster, driver: Driver) -> None:
         """All of its processes at once."""
-        gone = self.rng.choice(cluster.nodes)
+        gone = self._node(cluster)
         gone.kill()
         cluster.replace(gone)
+
+    def _node(self, cluster: Cluster) -> Node:
+        return self.rng.choice(waited_for(lambda: list(cluster.nodes), "no node starts"))
 
     def run(self, plan: dict[str, int]) -> None:
         """So many kills of each kind; then the head dies under the driver, and a new cluster ends the search."""
@@ -236,7 +256,9 @@ class Faults:
                     driver.ended()
                     driver = self.started(first)
                 else:
-                    {"worker": self.kill_worker, "raylet": self.kill_raylet, "node": self.kill_node}[kind](first)
+                    {"worker": self.kill_worker, "raylet": self.kill_raylet, "node": self.kill_node}[kind](
+                        first, driver
+                    )
                 self.counts[kind] += 1
                 self.study.told()
             self._kill_head(first, driver)

@@ -99,6 +99,8 @@ class LatencyTable(BaseModel):
     """What it was fitted to."""
     correction: float = 1.0
     """Factor learnt by verification: measured over predicted near the chosen policy."""
+    where: str = ""
+    """The machine that it was measured on."""
 
 
 class SharesTable(BaseModel):

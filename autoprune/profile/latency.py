@@ -112,7 +112,8 @@ def refitted(
     choices, shares = [choice for choice, _ in near], np.asarray([share for _, share in near])
     more = _timed(choices, shares, WidthMap.of(architecture, space), near=True)
     timed = (*table.timed, *more)
-    return _table(_fitted(timed, space, architecture, seed), timed, table.key, table.dense_s, table.check)
+    found = _table(_fitted(timed, space, architecture, seed), timed, table.key, table.dense_s, table.check)
+    return found.model_copy(update={"where": table.where})
 
 
 def _timed(choices: Sequence[Choice], shares: Array, widths: WidthMap, *, near: bool = False) -> tuple[TimedModel, ...]:

@@ -5,6 +5,7 @@ A text is a user attribute of an empty study of its own; whoever creates the stu
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import final
@@ -28,6 +29,7 @@ class Board:
     def __init__(
         self, url: str, *, note: Callable[[str], None] | None = None, sleep: Callable[[float], object] = time.sleep
     ) -> None:
+        logging.getLogger("optuna").setLevel(logging.WARNING)
         self._storage = Database(url, note=note)
         self._note = note or _ignored
         self._sleep = sleep
