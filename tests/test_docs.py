@@ -58,6 +58,7 @@ def test_published_schemas_are_the_real_ones(name: str, schema: dict[str, object
 def test_files_in_the_repository_fit_the_published_schemas() -> None:
     pairs = [
         (ROOT / "examples" / "own_model" / "autoprune.yaml", "autoprune.schema.json"),
+        (ROOT / "examples" / "ray_cluster" / "autoprune.yaml", "autoprune.schema.json"),
         (ROOT / "tests" / "golden" / "policy-1.yaml", "policy.schema.json"),
     ]
     for path, name in pairs:
@@ -67,6 +68,6 @@ def test_files_in_the_repository_fit_the_published_schemas() -> None:
 
 def test_constraints_pin_every_direct_dependency() -> None:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    required = set(re.findall(r'"([A-Za-z][\w-]*)>=', project)) - {"hatchling", "optuna-dashboard"}
+    required = set(re.findall(r'"([A-Za-z][\w-]*)(?:\[[\w,]+\])?>=', project)) - {"hatchling", "optuna-dashboard"}
     pinned = set(re.findall(r"^([\w-]+)==[\w.]+$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE))
     assert required == pinned
