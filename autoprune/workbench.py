@@ -34,7 +34,8 @@ from autoprune.nest import first_tensor
 from autoprune.profile.cost_model import CostModel
 from autoprune.profile.forms import with_forms
 from autoprune.progress import Progress
-from autoprune.recover.finetune import Lesson, Schedule
+from autoprune.recover.finetune import Schedule
+from autoprune.recover.lesson import Lesson
 from autoprune.recover.refit import Reference, RefitSettings
 from autoprune.run import Run
 from autoprune.runtimes import runtime

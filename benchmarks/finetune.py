@@ -27,7 +27,8 @@ from autoprune.core.space import Choice
 from autoprune.core.target import Target
 from autoprune.data import as_data
 from autoprune.evaluators import evaluator
-from autoprune.recover.finetune import FineTune, Lesson, Schedule
+from autoprune.recover.finetune import FineTune, Schedule
+from autoprune.recover.lesson import Lesson
 from autoprune.recover.refit import refit
 from autoprune.searching.baselines import uniform
 from autoprune.searching.fit import solve_fit

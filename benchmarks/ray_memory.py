@@ -1,8 +1,8 @@
 """How often what a search evaluates with is in memory: a bank of a gigabyte, and eight workers on one machine.
 
-Ray's actors read it from the object store, local processes map a file. Prints the store, each worker's own memory,
-what the machine has less, and how long the workers take to start; with a bank of nothing beside it, as a worker that
-has imported torch is not small either.
+Ray's actors read it from the object store, local processes map a file. Prints the store, each worker's own memory, what
+all of them take together (shared pages once), and how long they take to start; with a bank of nothing beside it, as a
+worker that has imported torch is not small either.
 
     python benchmarks/ray_memory.py
     python benchmarks/ray_memory.py --gigabytes 0.5 --workers 4 --store-folder /tmp   # where /dev/shm is small
@@ -35,30 +35,26 @@ from autoprune.progress import Silent
 
 LAYERS = 128
 SHARED_MEMORY = Path("/dev/shm")
+KINDS = {"own": ("Private_Clean", "Private_Dirty"), "part": ("Pss",)}
+"""Of memory, as Linux calls it: what no other process has, and a process's part of all that it has."""
 
 
 @dataclass(frozen=True)
 class Bank:
-    """Reads every page of its tensors; the score says what memory the process has for itself."""
+    """Reads every page of its tensors; the score says which process did."""
 
     layers: dict[str, Tensor]
 
     def __call__(self, choice: Choice, best: Best | None) -> Score:  # noqa: ARG002
         total = sum(float(layer[:: 1 << 9].sum()) for layer in self.layers.values())  # 512 float64 are a page
         time.sleep(0.5)  # so that every worker has a turn
-        return Score(total, 1, attrs={"own_bytes": own_bytes(), "pid": os.getpid()})
+        return Score(total, 1, attrs={"pid": os.getpid()})
 
 
-def own_bytes() -> int:
-    """Memory of this process that it shares with no other."""
-    lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()
-    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
-
-
-def available() -> int:
-    """Bytes that the machine has left; the cache of files counts as left."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+def memory(pid: int, kind: str) -> int:
+    """Bytes of a process of one of `KINDS`."""
+    lines = Path("/proc", str(pid), "smaps_rollup").read_text(encoding="ascii").splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.partition(":")[0] in KINDS[kind])
 
 
 def stored() -> int:
@@ -74,30 +70,30 @@ class Found(NamedTuple):
     start_s: float
     store: int | None
     own: list[int]
-    taken: int
-    workers: int
+    together: int
 
 
 def found(name: str, bank: Bank, workers: int, make: Callable[[Bank], Lanes]) -> Found:
     """Start the lanes, have every worker read the bank, look."""
-    before, start = available(), time.perf_counter()
+    start = time.perf_counter()
     lanes = make(bank)
     while lanes.idle() < workers:
         lanes.wait(0.1)
     start_s = time.perf_counter() - start
-    own: dict[int, int] = {}
+    pids: set[int] = set()
     number = 0
-    while len(own) < workers:
+    while len(pids) < workers:
         while lanes.idle() > 0:
             lanes.start(Job(number, (number,), None))
             number += 1
         ended = lanes.wait(1.0)
         if ended is not None:
             assert ended.score is not None, ended.error
-            own[ended.score.attrs["pid"]] = ended.score.attrs["own_bytes"]
-    taken = before - available()
+            pids.add(ended.score.attrs["pid"])
+    own = [memory(pid, "own") for pid in pids]
+    together = sum(memory(pid, "part") for pid in pids)
     size = sum(layer.nbytes for layer in bank.layers.values())
-    result = Found(name, size, start_s, stored() if ray.is_initialized() else None, list(own.values()), taken, workers)
+    result = Found(name, size, start_s, stored() if ray.is_initialized() else None, own, together)
     lanes.close()
     return result
 
@@ -145,7 +141,7 @@ def main() -> None:
         )
     ]
     own = "own memory of a worker"
-    print(f"{'':14} {'bank':>8} {'store':>8}   {own:26} {'all own':>8} {'machine less':>12} {'start':>8}")
+    print(f"{'':14} {'bank':>8} {'store':>8}   {own:26} {'all own':>8} {'together':>9} {'start':>8}")
     for result in results:
         store = "-" if result.store is None else megabytes(result.store)
         own = (
@@ -153,7 +149,7 @@ def main() -> None:
         )
         print(
             f"{result.name:14} {megabytes(result.bank):>8} {store:>8}   {own:26} {megabytes(sum(result.own)):>8} "
-            f"{megabytes(result.taken):>12} {result.start_s:6.1f} s"
+            f"{megabytes(result.together):>9} {result.start_s:6.1f} s"
         )
 
 

@@ -161,7 +161,12 @@ def with_tune(workers: int, trials: int, folder: Path, *, reuse: bool) -> float:
     tuner = tune.Tuner(
         tune.with_resources(Nothing, {"cpu": 1}),
         tune_config=tune.TuneConfig(num_samples=trials, max_concurrent_trials=workers, reuse_actors=reuse),
-        run_config=tune.RunConfig(storage_path=str(folder / "tune"), verbose=0, callbacks=[ends]),
+        run_config=tune.RunConfig(
+            storage_path=str(folder / "tune"),
+            verbose=0,
+            callbacks=[ends],
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+        ),
     )
     tuner.fit()
     return (ends.times[-1] - ends.times[workers - 1]) * workers / (trials - workers)

@@ -23,7 +23,8 @@ from autoprune.evaluators.divergence import Head, heads_of
 from autoprune.model.cut import CutPlan
 from autoprune.model.fold import fold_norms
 from autoprune.nest import tensors_of
-from autoprune.recover.finetune import DIVERGED, FineTune, Goal, Lesson, Schedule
+from autoprune.recover.finetune import DIVERGED, FineTune, Schedule
+from autoprune.recover.lesson import Goal, Lesson
 from autoprune.recover.refit import refit
 from autoprune.searching.scorer import Selection
 from autoprune.storage import Weights

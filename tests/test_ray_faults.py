@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import signal
@@ -348,14 +349,16 @@ class Laden:
 
 @pytest.mark.usefixtures("_quick_to_notice")
 @pytest.mark.parametrize("workers", [2, 6], ids=["two", "more-than-may-fail-in-a-row"])
-def test_lanes_start_again_when_what_they_unpack_is_lost(tmp_path, workers):
-    """The node that holds it dies, then all actors at their first job: it is put into the object store once more."""
+def test_lanes_start_again_when_what_they_unpack_is_lost_and_when_they_die_idle(tmp_path, workers):
+    """The node that holds it dies, then all actors at their first job: it is put into the object store once more. Then
+    all of them die while none has a job.
+    """
     if ray.is_initialized():
         pytest.skip("another test's Ray is running here")
     evaluate = Laden(Scripted(tmp_path), torch.ones(1 << 18))
     with (
         head(0, dashboard=False) as first,
-        node(first.address, workers),
+        node(first.address, workers) as second,
         node(first.address, 0, {"holder": 1}) as holder,
     ):
         settings = EngineSettings("ray", workers, RETRIES, RaySettings(address=first.address))
@@ -363,14 +366,22 @@ def test_lanes_start_again_when_what_they_unpack_is_lost(tmp_path, workers):
         try:
             lanes: Any = engine.lanes(evaluate)
             waited_for(lambda: lanes.wait(0.2) is None and lanes.idle() == workers, "actors do not start")
-            packed = ray.remote(num_cpus=0, resources={"holder": 1}, max_retries=0)(freight.pack)
-            lanes._cargo = packed.remote(evaluate)
+            there = ray.remote(num_cpus=0, resources={"holder": 1}, max_retries=0)(copy.copy)
+            lanes._cargo = there.remote(freight.pack(evaluate))
             assert ray.wait([lanes._cargo], timeout=LIMIT_S, fetch_local=False)[0]
             holder.kill()
             choices = [(4, n) for n in range(workers)] + [(0, n) for n in range(workers)]
             ended = all_done(lanes, choices, limit_s=LIMIT_S)
             assert all(one.error is None for one in ended.values())
             assert [ended[n].lost for n in range(workers)] == [1] * workers
+
+            waited_for(lambda: lanes.wait(0.2) is None and lanes.idle() == workers, "actors do not come back")
+            actors = [each for each in below(second.process.pid) if "Evaluator" in " ".join(each.cmdline())]
+            assert len(actors) == workers
+            for each in actors:
+                each.kill()
+            (one,) = all_done(lanes, [(0, 50)], limit_s=LIMIT_S).values()
+            assert (one.error, one.lost <= 1) == (None, True), "idle actors that die cost a job one retry at most"
         finally:
             engine.close()
 

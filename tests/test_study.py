@@ -343,6 +343,29 @@ def test_many_trials_open_quickly_and_fast_replay_agrees_with_optunas(tmp_path):
     assert again.trials() == plain.get_all_trials(0)
 
 
+def test_the_quick_list_of_trials_is_the_plain_one_at_every_step(case, tmp_path):
+    """Two studies in one file, three handles that see each other's trials late, trials that end out of order."""
+    problem, _ = case
+    path, rng = tmp_path / "study.journal", np.random.default_rng(0)
+    handles = [
+        open_study(path, problem, sampler=sampler_by_name("random", problem), name=name) for name in ("a", "b", "a")
+    ]
+    running: list[tuple[int, object]] = []
+    for _ in range(120):
+        at = int(rng.integers(3))
+        if running and rng.random() < 0.5:
+            owner, asked = running.pop(int(rng.integers(len(running))))
+            handles[owner].tell(asked, float(rng.random()), state=rng.choice(["complete", "pruned", "fail"]))
+        else:
+            running.append((at, handles[at].ask()))
+        plain = JournalStorage(JournalFileBackend(str(path)))
+        for record in handles:
+            study = record.study
+            expected = plain.get_all_trials(plain.get_study_id_from_name(study.study_name), deepcopy=False)
+            study._thread_local.cached_all_trials = None
+            assert record.trials() == expected
+
+
 def test_values_that_are_never_numbers_end_the_search(case, tmp_path):
     problem, _ = case
     record = opened(problem, tmp_path / "a.journal")

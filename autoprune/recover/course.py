@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from autoprune.bank.stitch import Candidate
 from autoprune.model.fold import fold_norms
-from autoprune.recover.finetune import FineTune, Lesson, Schedule
+from autoprune.recover.finetune import FineTune, Schedule
+from autoprune.recover.lesson import Lesson
 from autoprune.searching.scorer import Selection
 
 ROUNDS = 8

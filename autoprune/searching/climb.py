@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from autoprune.core.space import Choice
 from autoprune.engines.base import Best, Score
 from autoprune.model.fold import fold_norms
-from autoprune.recover.finetune import FineTune, Lesson, Schedule
+from autoprune.recover.finetune import FineTune, Schedule
+from autoprune.recover.lesson import Lesson
 from autoprune.searching.scorer import Scorer, Selection
 
 FEW = 256

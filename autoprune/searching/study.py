@@ -28,7 +28,8 @@ from optuna.trial import FrozenTrial, TrialState
 from autoprune.core.budget import Metric
 from autoprune.core.space import Choice
 from autoprune.errors import RunError
-from autoprune.searching.database import Database, shown_url
+from autoprune.searching.database import Database
+from autoprune.searching.database_place import shown_url
 from autoprune.searching.journal import DRAFT_ID, Draft, Ending, TrialJournal
 from autoprune.searching.owners import Heartbeat, Owner, Watch, this_process
 from autoprune.searching.patience import Patience
