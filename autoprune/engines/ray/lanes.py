@@ -99,7 +99,10 @@ class ActorLanes:
         if not self._ended:
             busy = {lane.answer: lane for lane in self._lanes if lane.job is not None}
             new = {lane.hello: lane for lane in self._lanes if lane.hello is not None}
-            ready, _ = ray.wait([*busy, *new], num_returns=1, timeout=seconds)
+            waited_for = [*busy, *new]
+            ready, _ = ray.wait(waited_for, num_returns=1, timeout=seconds)
+            if ready:  # all that are, at once: looking through thousands of answers takes its time
+                ready, _ = ray.wait(waited_for, num_returns=len(waited_for), timeout=0)
             for reference in ready:
                 if reference in busy:
                     self._hear(busy[reference])
