@@ -11,32 +11,42 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     StrictBool,
     ValidationError,
-    ValidationInfo,
     model_validator,
 )
 
-from autoprune.core.budget import Budget, parse_budgets, parse_limit
-from autoprune.core.floor import SHARES, Floor, check_sense, floor_of, parse_drop, parse_worst
-from autoprune.core.target import Device, Precision, Target
+from autoprune.core.budget import Budget, parse_budgets
+from autoprune.core.floor import Floor, check_sense, floor_of
 from autoprune.core.unit import SizeOf
-from autoprune.errors import ConfigError, RunError, listed, near_miss
+from autoprune.errors import ConfigError, RunError, listed
 from autoprune.files import read_yaml, write_text
 from autoprune.problems import given, problems_of
-from autoprune.source import ALLOWED, FUNCTION, anchored, parse_source
+from autoprune.sections import (
+    LOWER_IS_BETTER,
+    METRICS,
+    Drop,
+    Factory,
+    RayConfig,
+    RecoverConfig,
+    SearchConfig,
+    Section,
+    SpaceConfig,
+    TargetConfig,
+    Worst,
+    budget_texts,
+    known_metric,
+    model_source,
+)
+from autoprune.source import anchored
 
 FILE_NAME = "autoprune.yaml"
 RUN_FILE = "run.json"
-LOWER_IS_BETTER = ("mse", "mae", "perplexity")
-METRICS = ("top1", "top5", "miou", "miou_image", "map", "psnr", *LOWER_IS_BETTER)
 DEMO_MODEL = "autoprune.demo.network:model"
 DEMO_DATA = "autoprune.demo.data:data"
 DEMO_SECONDS = 15.0
@@ -51,216 +61,10 @@ _PATH_KEYS = ("weights", "run")
 _FACTORY_KEYS = ("model", "data", "metric")
 
 
-def _factory(value: object) -> object:
-    if not isinstance(value, str) or not FUNCTION.fullmatch(value):
-        raise ValueError(f"given {given(value)}, allowed: 'file.py:function' or 'package.module:function'")
-    return value
-
-
-def _source(value: object) -> object:
-    if not isinstance(value, str):
-        raise ValueError(f"given {given(value)}, allowed: {ALLOWED}")
-    parse_source(value)
-    return value
-
-
-def _metric(value: object) -> object:
-    if isinstance(value, str) and (value in METRICS or FUNCTION.fullmatch(value)):
-        return value
-    raise ValueError(f"given {given(value)}, allowed: 'file.py:function' or a name; {near_miss(str(value), METRICS)}")
-
-
-def _budget(value: object) -> object:
-    texts = (value,) if isinstance(value, str) else value
-    if isinstance(texts, list):
-        texts = tuple(texts)
-    if not isinstance(texts, tuple) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"given {given(value)}, allowed: a text with a unit, e.g. 5ms, 50%, 2MB, or a list of them")
-    try:
-        parse_budgets(texts)
-    except ConfigError as error:
-        raise ValueError(str(error).removeprefix("budget: ")) from error
-    return texts
-
-
-def _bytes(value: object) -> object:
-    try:
-        limit = parse_limit(value) if isinstance(value, str) else None
-    except ConfigError:
-        limit = None
-    if limit is not None and limit.metric == "size" and not limit.relative:
-        return int(limit.value)
-    if type(value) is int and value > 0:
-        return value
-    raise ValueError(f"given {given(value)}, allowed: bytes with a unit, e.g. 4GB or 500MB")
-
-
-def _drop(value: object, info: ValidationInfo) -> object:
-    """A number in the metric's own unit, or `5%` of the dense model's value as it was written."""
-    metric = str(info.data.get("metric", SHARES[0]))
-    try:
-        drop = parse_drop(_number(value), metric)
-    except ConfigError as error:
-        raise ValueError(str(error).removeprefix("max_drop: ")) from error
-    return value if drop.relative else drop.amount
-
-
-def _worst(value: object, info: ValidationInfo) -> object:
-    metric = str(info.data.get("metric", SHARES[0]))
-    try:
-        return parse_worst(_number(value), metric, key=str(info.field_name))
-    except ConfigError as error:
-        raise ValueError(str(error).removeprefix(f"{info.field_name}: ")) from error
-
-
-def _number(value: object) -> str | float:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(
-            f"given {given(value)}, allowed: a share such as 1% or 0.01, or a number in the metric's own unit"
-        )
-    return value
-
-
-def _shape(value: object) -> object:
-    if isinstance(value, str):
-        parts = re.split(r"\s*[,x]\s*", value.strip(" []"))
-        value = [int(part) if re.fullmatch(r"[0-9]{1,9}", part) else part for part in parts]
-    if not isinstance(value, list | tuple) or not all(type(size) is int and size > 0 for size in value):
-        raise ValueError(f"given {given(value)}, allowed: a shape with its batch, e.g. [1, 3, 32, 32]")
-    if len(value) < 2:
-        raise ValueError(f"given {given(value)}, allowed: a batch and at least one more size, e.g. [1, 3, 32, 32]")
-    return tuple(value)
-
-
-def _names(value: object) -> object:
-    names = [value] if isinstance(value, str) else value
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"given {given(value)}, allowed: a list of unit names or patterns, e.g. ['head*']")
-    return tuple(names)
-
-
-def _storage(value: object) -> object:
-    if isinstance(value, str) and re.match(r"[a-z][a-z0-9+]*://", value):
-        return value
-    raise ValueError(
-        f"given {given(value)}, allowed: the URL of a database, e.g. postgresql://user@host/name or sqlite:///study.db"
-    )
-
-
-Factory = Annotated[str, BeforeValidator(_factory)]
-Drop = Annotated[float | str, BeforeValidator(_drop)]
-Worst = Annotated[float, BeforeValidator(_worst)]
-Count = Annotated[int, Field(ge=1, strict=True)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TargetConfig(_Section):
-    """What latency is measured on."""
-
-    runtime: str = Field(default="onnxruntime", min_length=1, description="What executes and times the model.")
-    device: Device = Field(default="cpu", description="The device it runs on.")
-    threads: Count = Field(default=1, description="Threads of the runtime.")
-    batch: Count = Field(default=1, description="Samples a run.")
-    precision: Precision = Field(default="float32", description="What the runtime computes with where it has a choice.")
-    example: Annotated[tuple[int, ...], BeforeValidator(_shape)] | None = Field(
-        default=None, description="Shape of one input with its batch, e.g. [1, 3, 32, 32]. Default: the data's shape."
-    )
-
-    @property
-    def target(self) -> Target:
-        """The same as a value of the core."""
-        return Target(self.runtime, self.device, self.threads, self.batch, self.precision)
-
-
-class SpaceConfig(_Section):
-    """What may be done to which unit."""
-
-    preset: str = Field(
-        default="cnn-channels", min_length=1, description="A shipped search space's name, or a YAML file."
-    )
-    protect: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
-        default=(), description="Names or patterns of units that must stay as they are."
-    )
-
-
-class SearchConfig(_Section):
-    """How long and how to search."""
-
-    trials: Count = Field(default=200, description="Candidates to evaluate at most.")
-    seconds: float | None = Field(
-        default=None, gt=0, strict=True, allow_inf_nan=False, description="Time limit of the search."
-    )
-    seed: int = Field(default=0, ge=0, strict=True, description="Seed of everything random.")
-    sampler: str = Field(default="budget", min_length=1, description="Who proposes candidates.")
-    finalists: Count = Field(default=6, description="Candidates that are really cut, exported, timed and scored.")
-    refit: StrictBool = Field(default=True, description="Refit the chosen candidate's weights by least squares.")
-    bank_memory: Annotated[int, BeforeValidator(_bytes)] = Field(
-        default=4_000_000_000, description="What the bank may hold in memory (`4GB`); the rest is kept on disk."
-    )
-
-    engine: Literal["optuna", "ray"] = Field(
-        default="optuna", description="Where work runs: on this machine, or on a Ray cluster."
-    )
-    workers: Count | None = Field(
-        default=None,
-        description="Candidates evaluated at the same time. Default: 1; with ray as many as the cluster has room for.",
-    )
-    retries: int = Field(
-        default=3, ge=0, strict=True, description="How often an evaluation is begun again whose worker died."
-    )
-    storage: Annotated[str, BeforeValidator(_storage)] | None = Field(
-        default=None,
-        description="URL of a database for the trials (`postgresql://user@host/name`), which any number of machines "
-        "may share. Default: a file in the run folder.",
-    )
-
-
-class RecoverConfig(_Section):
-    """Fine-tuning of what was found, by distillation from the dense model on the calibration inputs."""
-
-    steps: int = Field(
-        default=0, ge=0, strict=True, description="Steps of the optimizer; 0: candidates are refitted only."
-    )
-    learning_rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False, description="The largest learning rate.")
-    batch: Count = Field(default=64, description="Samples of a step.")
-    trials: StrictBool = Field(
-        default=False, description="Score every trial after a recovery of its own: long trials, nearer to the truth."
-    )
-
-
-class RayConfig(_Section):
-    """What a search with `engine: ray` asks of Ray."""
-
-    address: str | None = Field(
-        default=None,
-        min_length=1,
-        description="Of the cluster, or `auto`. Default: a job's own cluster, or a new one here.",
-    )
-    cpus: float = Field(default=1, ge=0, allow_inf_nan=False, description="CPUs of each evaluation.")
-    gpus: float = Field(default=0, ge=0, allow_inf_nan=False, description="GPUs of each evaluation; 0.25 shares one.")
-    target_wait: float = Field(
-        default=600.0, ge=0, allow_inf_nan=False,
-        description="Seconds to wait for a node with the resource autoprune_target, which alone measures.",
-    )  # fmt: skip
-    asha: StrictBool = Field(default=False, description="Run recovered trials under Ray Tune and ASHA.")
-    population: int = Field(
-        default=0,
-        ge=0,
-        strict=True,
-        description="Copies of the chosen candidate that population-based training recovers.",
-    )
-    callbacks: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
-        default=(), description="Callbacks of Ray Tune that hear of every trial: 'module:Name' or 'file.py:function'."
-    )
-
-
-class Config(_Section):
+class Config(Section):
     """One search. Paths are relative to the folder of the file it was read from."""
 
-    model: Annotated[str, BeforeValidator(_source)] = Field(
+    model: Annotated[str, BeforeValidator(model_source)] = Field(
         description="The trained model: a function without arguments that returns it (`file.py:function`), "
         "`timm:NAME`, `torchvision:NAME`, `hf:FOLDER`, `FILE.onnx` or `FILE.pt2`."
     )
@@ -268,12 +72,12 @@ class Config(_Section):
     data: Factory | None = Field(
         default=None, description="Function without arguments that returns calibration and validation data."
     )
-    metric: Annotated[str, BeforeValidator(_metric)] = Field(
+    metric: Annotated[str, BeforeValidator(known_metric)] = Field(
         default="top1", description=f"{', '.join(METRICS)} or a function."
     )
     higher_is_better: StrictBool = Field(default=True, description="Sense of a metric that is a function.")
     target: TargetConfig = Field(default_factory=TargetConfig)
-    budget: Annotated[tuple[str, ...], BeforeValidator(_budget)] | None = Field(
+    budget: Annotated[tuple[str, ...], BeforeValidator(budget_texts)] | None = Field(
         default=None, description="What a candidate may cost: `5ms`; `3ms,5ms` is a family; a list holds together."
     )
     size: SizeOf = Field(

@@ -92,7 +92,8 @@ ALL_FLAGS = """
     --precision float16 --threads 2 --batch 4 --example 1,3,8,8 --trials 9 --seconds 3.5 --seed 7 --sampler tpe
     --finalists 2 --no-refit --bank-memory 1GB --run here --engine ray --workers 5 --retries 1
     --storage sqlite:///s.db --ray-address auto --ray-cpus 2 --ray-gpus 0.25 --ray-target-wait 9 --ray-asha
-    --ray-population 4 --ray-callback m:C
+    --ray-population 4 --ray-callback m:C --recover-steps 80 --recover-learning-rate 0.002 --recover-batch 32
+    --recover-trials
 """
 
 
@@ -132,6 +133,7 @@ def test_every_flag_reaches_the_configuration(api: Api) -> None:
             "retries": 1,
             "storage": "sqlite:///s.db",
         },
+        "recover": {"steps": 80, "learning_rate": 0.002, "batch": 32, "trials": True},
         "ray": {
             "address": "auto",
             "cpus": 2.0,
@@ -230,6 +232,7 @@ def test_the_resume_command_can_be_pasted(api: Api, tmp_path: Path) -> None:
 
 def test_a_resumed_search_takes_its_own_configuration_and_the_flags(api: Api, tmp_path: Path) -> None:
     asked = load_config(None, {"model": "a.py:m", "data": "a.py:d", "budget": ("3ms,5ms",), "search.seed": 4})
+    (tmp_path / "home").mkdir()
     save_run(asked, tmp_path / "home", tmp_path / "old one")
     run("search", "--resume", "old one", "--trials", "7")
     assert api.config is not None

@@ -1,5 +1,7 @@
 """The configuration: every bad input gives one clear ConfigError."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -212,3 +214,22 @@ def test_every_key_has_a_flag() -> None:
         inner = getattr(field.annotation, "model_fields", None)
         keys |= {f"{name}.{key}" for key in inner} if inner else {name}
     assert keys == {flag.key for flag in FLAGS}
+
+
+@pytest.mark.parametrize(
+    ("section", "text"),
+    [
+        ({"recover": {"trials": True}}, "recover.trials: trials cannot be recovered in no steps"),
+        ({"ray": {"asha": True}}, "are for search.engine: ray"),
+        ({"search": {"engine": "ray"}, "ray": {"asha": True}}, "ray.asha stops long trials early; set recover.trials"),
+        ({"search": {"engine": "ray"}, "ray": {"population": 4}}, "set recover.steps"),
+        ({"search": {"storage": "study.db"}}, "allowed: the URL of a database"),
+        ({"search": {"engine": "dask"}}, "optuna"),
+        ({"search": {"workers": 0}}, "workers"),
+    ],
+)
+def test_settings_of_engines_that_make_no_sense_are_told(section: dict[str, object], text: str, tmp_path: Path) -> None:
+    path = tmp_path / "autoprune.yaml"
+    path.write_text(json.dumps({"model": "a.py:m", "data": "a.py:d", "budget": "5ms", **section}))
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        load_config(path, {})

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from autoprune import evaluators
-from autoprune.config import LOWER_IS_BETTER, METRICS
 from autoprune.errors import ConfigError, DataError
 from autoprune.evaluators.average_precision import MeanAveragePrecision
 from autoprune.evaluators.base import Evaluator
@@ -24,6 +23,7 @@ from autoprune.evaluators.mse import MSE
 from autoprune.evaluators.perplexity import LARGEST, Perplexity
 from autoprune.evaluators.psnr import LARGEST_DB, PSNR
 from autoprune.evaluators.top_k import TopK, top1, top5
+from autoprune.sections import LOWER_IS_BETTER, METRICS
 from autoprune.testing import EvaluatorContract
 
 torch.set_num_threads(1)

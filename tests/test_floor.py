@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoprune.config import LOWER_IS_BETTER, METRICS
 from autoprune.core.floor import SHARES, Drop, Floor, floor_of, recorded
 from autoprune.errors import ConfigError
 from autoprune.evaluators import evaluator
+from autoprune.sections import LOWER_IS_BETTER, METRICS
 
 SENSES = {name: name not in LOWER_IS_BETTER for name in METRICS} | {"m.py:score": True, "m.py:loss": False}
 

@@ -38,7 +38,7 @@ from autoprune.engines.settings import EngineSettings, RaySettings  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 
-WORKERS, NODES, CPUS = 4, 3, 2
+WORKERS, CPUS = 4, 2
 GCS_S = 5
 """How long the processes of a cluster look for a head that is gone; 60 unless they are told."""
 LIMIT_S = 300
@@ -136,12 +136,12 @@ class Diary:
 class Cluster:
     """A head that evaluates nothing, and nodes that do. Nodes start beside what else goes on."""
 
-    def __init__(self, stack: ExitStack) -> None:
+    def __init__(self, stack: ExitStack, nodes: int) -> None:
         self.head: Head = stack.enter_context(head(0, dashboard=False))
         self.nodes: list[Node] = []
         self._stack = stack
-        self._pool = stack.enter_context(ThreadPoolExecutor(NODES))
-        for started in [self._pool.submit(self._start) for _ in range(NODES)]:
+        self._pool = stack.enter_context(ThreadPoolExecutor(nodes))
+        for started in [self._pool.submit(self._start) for _ in range(nodes)]:
             started.result()
 
     def replace(self, gone: Node) -> None:
@@ -163,9 +163,9 @@ class Cluster:
 
 
 @contextmanager
-def cluster() -> Iterator[Cluster]:
+def cluster(nodes: int) -> Iterator[Cluster]:
     with ExitStack() as stack:
-        made = Cluster(stack)
+        made = Cluster(stack, nodes)
         try:
             yield made
         finally:
@@ -192,11 +192,12 @@ def waited_for(what: Callable[[], Any], why: str) -> Any:
 class Faults:
     """Kills, one after the other, each when the search has come a bit further."""
 
+    study: Study
+
     def __init__(self, folder: Path, trials: int, seed: int) -> None:
         self.folder, self.trials = folder, trials
         self.rng = random.Random(seed)
         self.counts: Counter[str] = Counter()
-        self.study = Study.__new__(Study)
         self.diary = Diary(folder / "diary.txt")
 
     def started(self, cluster: Cluster, *, scale: float = 1.0) -> Driver:
@@ -242,12 +243,12 @@ class Faults:
     def _node(self, cluster: Cluster) -> Node:
         return self.rng.choice(waited_for(lambda: list(cluster.nodes), "no node starts"))
 
-    def run(self, plan: dict[str, int]) -> None:
+    def run(self, plan: dict[str, int], *, nodes: int) -> None:
         """So many kills of each kind; then the head dies under the driver, and a new cluster ends the search."""
         kinds = [kind for kind, times in plan.items() for _ in range(times)]
         self.rng.shuffle(kinds)
         last = self.trials * 3 // 5  # the rest is for the head
-        with cluster() as first:
+        with cluster(nodes) as first:
             driver = self.started(first)
             self.study = waited_for(self._study, "there is no study")
             for index, kind in enumerate(kinds):
@@ -263,7 +264,7 @@ class Faults:
                 self.counts[kind] += 1
                 self.study.told()
             self._kill_head(first, driver)
-        with cluster() as second:
+        with cluster(nodes) as second:
             driver = self.started(second)
             assert driver.ended() == 0, driver.said()
 
@@ -295,16 +296,16 @@ def _quick_to_notice(monkeypatch):
 
 @pytest.mark.usefixtures("_quick_to_notice")
 @pytest.mark.parametrize(
-    ("trials", "plan"),
+    ("trials", "nodes", "plan"),
     [
-        pytest.param(60, {"worker": 5, "raylet": 1, "node": 1, "driver": 1}, id="quick"),
-        pytest.param(200, {"worker": 30, "raylet": 5, "node": 5, "driver": 8}, id="full", marks=pytest.mark.slow),
+        pytest.param(60, 2, {"worker": 5, "raylet": 1, "node": 1, "driver": 1}, id="quick"),
+        pytest.param(200, 3, {"worker": 30, "raylet": 5, "node": 5, "driver": 8}, id="full", marks=pytest.mark.slow),
     ],
 )
-def test_random_kills_lose_nothing_and_repeat_nothing(tmp_path, trials, plan):
+def test_random_kills_lose_nothing_and_repeat_nothing(tmp_path, trials, nodes, plan):
     """With the driver that is slowed down and the head, ten kills or fifty."""
     faults = Faults(tmp_path, trials, seed=trials)
-    faults.run(plan)
+    faults.run(plan, nodes=nodes)
     assert faults.counts == Counter(plan | {"driver": plan["driver"] + 1, "head": 1})
     problem, truth = the_problem()
     told = faults.study.told()
