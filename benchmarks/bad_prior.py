@@ -24,9 +24,10 @@ from autoprune.core.space import Choice
 from autoprune.core.target import Target
 from autoprune.core.unit import DROP
 from autoprune.data import as_data
+from autoprune.engines.local import Here
 from autoprune.evaluators import evaluator
 from autoprune.searching.baselines import uniform
-from autoprune.searching.engine import Finished, run_search
+from autoprune.searching.loop import Effort, Finished, run_search
 from autoprune.searching.problem import Problem
 from autoprune.searching.samplers import sampler_by_name
 from autoprune.searching.scorer import Scorer, outputs_of
@@ -62,7 +63,8 @@ def main() -> None:
     problem = Problem(bench.space, bench.costs, {"macs": asked.share * bench.costs.dense["macs"]}, bench.priors)
     sampler = sampler_by_name("budget", problem, seed=0)
     record = open_study(Path(mkdtemp()) / "study.journal", problem, sampler=sampler, name="bad prior")
-    finished = run_search(problem, record, Scorer(bench.stitcher, bench.space, bench.selection), trials=asked.trials)
+    lanes = Here(Scorer(bench.stitcher, bench.space, bench.selection))
+    finished = run_search(problem, record, lanes, Effort(asked.trials))
     told(bench, problem, finished)
 
 
