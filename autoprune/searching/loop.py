@@ -155,11 +155,13 @@ class _Run:
 
     def interrupt(self) -> None:
         """Record what is still running as interrupted."""
-        if self.pending:
-            self.lanes.cancel()
-        for asked in self.pending.values():
-            self.record.tell(asked, None, state="fail", reason=INTERRUPTED)
-        self.pending.clear()
+        try:
+            if self.pending:
+                self.lanes.cancel()
+        finally:
+            for asked in self.pending.values():
+                self.record.tell(asked, None, state="fail", reason=INTERRUPTED)
+            self.pending.clear()
 
     def _begin(self) -> None:
         """Ask, and have the choice evaluated if it fits."""

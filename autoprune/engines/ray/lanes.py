@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, final
 
 import ray
 import torch
-from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from autoprune import __version__
 from autoprune.engines import freight
@@ -58,7 +67,11 @@ def versions() -> str:
 class _Lane:
     actor: Any
     hello: Any
-    """Answered once it has a place and is unpacked; None from then on."""
+    """Answered once it has a place and is unpacked; None from then on, unless it is doubted."""
+    cargo: Any
+    """What it was to unpack."""
+    met: bool = False
+    """Whether it has answered once."""
     job: Job | None = None
     answer: Any = None
     lost: int = 0
@@ -86,37 +99,30 @@ class ActorLanes:
         """Actors that are there and have no job, less jobs that wait to be done again. RunError once closed."""
         if not self._lanes:
             raise RunError("ray: these lanes are closed; ask the engine for new ones")
-        self._greet(0.0)
+        with _reached():
+            self._greet(0.0)
         return sum(lane.hello is None and lane.job is None for lane in self._lanes) - len(self._again)
 
     def start(self, job: Job) -> None:
         """Send it to an actor that is idle."""
         self._again.append((job, 0))
-        self._hand_out()
+        with _reached():
+            self._hand_out()
 
     def wait(self, seconds: float) -> Ended | None:
         """The next answer; None when an actor came instead, or none did for so long."""
         if not self._ended:
-            busy = {lane.answer: lane for lane in self._lanes if lane.job is not None}
-            new = {lane.hello: lane for lane in self._lanes if lane.hello is not None}
-            waited_for = [*busy, *new]
-            ready, _ = ray.wait(waited_for, num_returns=1, timeout=seconds)
-            if ready:  # all that are, at once: looking through thousands of answers takes its time
-                ready, _ = ray.wait(waited_for, num_returns=len(waited_for), timeout=0)
-            for reference in ready:
-                if reference in busy:
-                    self._hear(busy[reference])
-            self._greet(0.0)
-            self._hand_out()
-            self._tell_of_waiting()
+            with _reached():
+                self._wait(seconds)
         return self._ended.popleft() if self._ended else None
 
     def cancel(self) -> None:
         """Replace the actors that have a job: it may be long."""
         self._again.clear()
         self._ended.clear()
-        for lane in [lane for lane in self._lanes if lane.job is not None]:
-            self._replace(lane)
+        with suppress(RayError):  # the cluster may be what is gone
+            for lane in [lane for lane in self._lanes if lane.job is not None]:
+                self._replace(lane)
 
     def close(self) -> None:
         """End the actors."""
@@ -124,11 +130,25 @@ class ActorLanes:
             _kill(lane.actor)
         self._lanes = []
 
+    def _wait(self, seconds: float) -> None:
+        busy = {lane.answer: lane for lane in self._lanes if lane.job is not None}
+        new = {lane.hello: lane for lane in self._lanes if lane.hello is not None}
+        waited_for = [*busy, *new]
+        ready, _ = ray.wait(waited_for, num_returns=1, timeout=seconds)
+        if ready:  # all that are, at once: looking through thousands of answers takes its time
+            ready, _ = ray.wait(waited_for, num_returns=len(waited_for), timeout=0)
+        for reference in ready:
+            if reference in busy:
+                self._hear(busy[reference])
+        self._greet(0.0)
+        self._hand_out()
+        self._tell_of_waiting()
+
     def _started(self) -> _Lane:
         asked = self._settings.ray
         kind = ray.remote(num_cpus=asked.cpus, num_gpus=asked.gpus, max_restarts=0, max_task_retries=0)(Evaluator)
         actor = kind.remote(self._cargo, self._threads)
-        return _Lane(actor, actor.versions.remote())
+        return _Lane(actor, actor.versions.remote(), self._cargo)
 
     def _greet(self, seconds: float) -> None:
         """Take in the actors that have a place now."""
@@ -143,14 +163,16 @@ class ActorLanes:
                 continue
             if there != versions():
                 raise RunError(f"ray: a node has {there}, this process {versions()}; install the same on all nodes")
-            lane.hello, self._failures = None, 0
+            lane.hello, lane.met, self._failures = None, True, 0
 
     def _start_failed(self, lane: _Lane, error: RayError) -> None:
-        self._failures += 1
-        if self._failures >= STARTS:
-            raise RunError(f"ray: workers do not start ({_last_line(error)}); nothing that was told is lost") from error
-        with suppress(RayError):
-            self._cargo = ray.put(freight.pack(self._evaluate))  # what they unpack may be what is lost
+        if lane.cargo is self._cargo and not lane.met:  # else others failed with the same before, and that is mended
+            self._failures += 1
+            if self._failures >= STARTS:
+                how = f"workers do not start ({_last_line(error)})"
+                raise RunError(f"ray: {how}; nothing that was told is lost") from error
+            with suppress(RayError):
+                self._cargo = ray.put(freight.pack(self._evaluate))  # what they unpack may be what is lost
         self._replace(lane)
 
     def _hear(self, lane: _Lane) -> None:
@@ -158,9 +180,10 @@ class ActorLanes:
         assert job is not None
         try:
             score, error = ray.get(lane.answer)
-        except (RayActorError, ObjectLostError) as gone:
+        except (RayActorError, ObjectLostError, OutOfMemoryError, WorkerCrashedError, NodeDiedError) as gone:
             lost = lane.lost + 1
             self._replace(lane)
+            self._doubt()
             if lost > self._settings.retries:
                 how = f"{lost} workers were lost at it, the last with: {_last_line(gone)}"
                 self._ended.append(Ended(job.number, None, WorkerLostError(how), lost))
@@ -171,6 +194,12 @@ class ActorLanes:
             score, error = None, RuntimeError(_last_line(failed))
         self._ended.append(Ended(job.number, score, error, lane.lost))
         lane.job, lane.answer = None, None
+
+    def _doubt(self) -> None:
+        """Greet idle actors again after one was lost: theirs may be the same node, and each would cost a retry."""
+        for lane in self._lanes:
+            if lane.hello is None and lane.job is None:
+                lane.hello = lane.actor.versions.remote()
 
     def _replace(self, lane: _Lane) -> None:
         _kill(lane.actor)
@@ -191,6 +220,18 @@ class ActorLanes:
             self._progress.note(
                 f"ray: no worker has a place yet (each needs {asked.cpus:g} CPUs and {asked.gpus:g} GPUs); waiting"
             )
+
+
+@contextmanager
+def _reached() -> Iterator[None]:
+    """Say what it means where the cluster itself is gone, or is another one at the same address."""
+    try:
+        yield
+    except RayError as error:
+        raise RunError(
+            f"ray: the cluster is gone ({_last_line(error)}); nothing that was told is lost: start a cluster and "
+            "resume the search"
+        ) from error
 
 
 def _kill(actor: Any) -> None:
