@@ -1,8 +1,8 @@
 """Ray Tune, for what is long: evaluations in rungs under ASHA, and recovery by population-based training.
 
 Tune starts, stops, moves and retries; it proposes nothing. Its searcher hands out the jobs that the search asked for,
-so the study stays the only record. A Tune trial costs about a second however short it is (see DECISIONS), which is why
-short evaluations have actors of their own (`lanes`).
+so the study stays the only record. A Tune trial costs a tenth of a second and more however short it is (see DECISIONS),
+which is why short evaluations have actors of their own (`lanes`).
 """
 
 from __future__ import annotations
