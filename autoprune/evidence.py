@@ -191,7 +191,7 @@ def _policy(bench: Workbench, found: Found, floor: Floor, evidence: Evidence, si
         model=model_identity(bench.subject),
         target=TargetRecord(
             runtime=task.target.runtime, device=task.target.device, threads=task.target.threads,
-            batch=task.target.batch, precision=task.target.precision, where=where(),
+            batch=task.target.batch, precision=task.target.precision, where=bench.run.engine.measure(where),
         ),
         budget={limit.metric: limit.text for limit in found.budget.limits},
         size=bench.files.kind,
