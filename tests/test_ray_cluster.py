@@ -202,6 +202,7 @@ def submitted(cluster: Head, folder: Path, tmp_path: Path, *flags: str) -> Submi
     return Submitted(code, text)
 
 
+@pytest.mark.slow
 def test_a_job_without_a_target_says_so(cluster: Head, folder: Path, tmp_path: Path) -> None:
     done = submitted(cluster, folder, tmp_path, "--budget", "50%latency", "--ray-target-wait", "5")
     assert done.code == 2

@@ -349,7 +349,9 @@ class Laden:
 
 
 @pytest.mark.usefixtures("_quick_to_notice")
-@pytest.mark.parametrize("workers", [2, 6], ids=["two", "more-than-may-fail-in-a-row"])
+@pytest.mark.parametrize(
+    "workers", [pytest.param(2, id="two", marks=pytest.mark.slow), pytest.param(6, id="more-than-may-fail-in-a-row")]
+)
 def test_lanes_start_again_when_what_they_unpack_is_lost_and_when_they_die_idle(tmp_path, workers):
     """The node that holds it dies, then all actors at their first job: it is put into the object store once more. Then
     all of them die while none has a job.
@@ -409,6 +411,7 @@ def test_control_c_leaves_nothing_running_and_either_engine_goes_on(tmp_path):
     assert any(trial.user_attrs.get("retry") == 1 for trial in study.trials()), "what was interrupted is done again"
 
 
+@pytest.mark.slow
 def test_a_search_of_this_process_is_continued_with_ray(tmp_path):
     first = Driver.started(tmp_path, 8, "--engine", "here")
     assert first.ended() == 0, first.said()
