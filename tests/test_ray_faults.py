@@ -349,9 +349,8 @@ class Laden:
 
 
 @pytest.mark.usefixtures("_quick_to_notice")
-@pytest.mark.parametrize(
-    "workers", [pytest.param(2, id="two", marks=pytest.mark.slow), pytest.param(6, id="more-than-may-fail-in-a-row")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [2, 6], ids=["two", "more-than-may-fail-in-a-row"])
 def test_lanes_start_again_when_what_they_unpack_is_lost_and_when_they_die_idle(tmp_path, workers):
     """The node that holds it dies, then all actors at their first job: it is put into the object store once more. Then
     all of them die while none has a job.
