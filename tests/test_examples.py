@@ -10,6 +10,8 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SEPARATE = {"train_demo.py"}
+LONG = {"from_python.py"}
+"""The README's Python is the same search, which its own test runs."""
 LIMIT_S = 1500
 """Far above what they take, for machines that are busy."""
 
@@ -31,7 +33,13 @@ def run(*command: str, folder: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("script", sorted({path.name for path in EXAMPLES.glob("*.py")} - SEPARATE))
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in LONG else name
+        for name in sorted({path.name for path in EXAMPLES.glob("*.py")} - SEPARATE)
+    ],
+)
 def test_script(script: str, examples: Path, tmp_path: Path) -> None:
     assert "met: " in run(sys.executable, str(examples / script), folder=tmp_path)
 

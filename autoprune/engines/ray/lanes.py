@@ -35,8 +35,8 @@ from autoprune.errors import RunError
 from autoprune.memory import keep_freed_memory
 from autoprune.progress import Progress
 
-STARTS = 5
-"""How often in a row an actor may fail to start."""
+STARTS, STARTS_S = 5, 30.0
+"""How often in a row, and for how long, actors may fail to start: what a dead node takes with it comes in a burst."""
 _WAIT_NOTE_S = 20.0
 """After so long without any actor the user is told."""
 
@@ -91,6 +91,7 @@ class ActorLanes:
         self._again: deque[tuple[Job, int]] = deque()
         self._ended: deque[Ended] = deque()
         self._failures = 0
+        self._failing_since = 0.0
         self._since = time.monotonic()
         self._told = False
         self._lanes = [self._started() for _ in range(workers)]
@@ -167,8 +168,9 @@ class ActorLanes:
 
     def _start_failed(self, lane: _Lane, error: RayError) -> None:
         if lane.cargo is self._cargo and not lane.met:  # else others failed with the same before, and that is mended
+            self._failing_since = time.monotonic() if self._failures == 0 else self._failing_since
             self._failures += 1
-            if self._failures >= STARTS:
+            if self._failures >= STARTS and time.monotonic() - self._failing_since > STARTS_S:
                 how = f"workers do not start ({_last_line(error)})"
                 raise RunError(f"ray: {how}; nothing that was told is lost") from error
             with suppress(RayError):
