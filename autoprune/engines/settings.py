@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 TARGET = "autoprune_target"
 """The custom resource of a Ray node whose device is the target of a search."""
+START_TARGET = f"start Ray on the target with `ray start --address=HEAD:6379 --resources='{{\"{TARGET}\": 1}}'`"
+"""What to do where no node is."""
 
 
 @dataclass(frozen=True, slots=True)

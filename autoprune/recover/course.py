@@ -5,7 +5,6 @@ Knows the fine-tuning and how candidates are scored. Does not know who decides a
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import final
@@ -13,10 +12,9 @@ from typing import final
 from torch import Tensor, nn
 
 from autoprune.bank.stitch import Candidate
-from autoprune.model.fold import fold_norms
 from autoprune.recover.finetune import FineTune, Schedule
 from autoprune.recover.lesson import Lesson
-from autoprune.searching.scorer import Selection
+from autoprune.searching.scorer import Selection, divergences_of
 
 ROUNDS = 8
 """How often a recovery is scored."""
@@ -91,9 +89,7 @@ class Recovery:
 
 def divergence(model: nn.Module, selection: Selection, norms: Mapping[str, str]) -> float:
     """The mean divergence of a model in training, which stays as it is."""
-    still = copy.deepcopy(model)
-    fold_norms(still, norms)
-    return float(selection.divergences(still).mean())
+    return float(divergences_of(model, selection, norms).mean())
 
 
 def recovered(course: Course, candidate: Candidate) -> tuple[float, Candidate]:

@@ -6,19 +6,17 @@ rung gets the same score, whatever stopped others.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from autoprune.core.space import Choice
 from autoprune.engines.base import Best, Score
-from autoprune.model.fold import fold_norms
 from autoprune.recover.finetune import FineTune, Schedule
 from autoprune.recover.lesson import Lesson
-from autoprune.searching.scorer import Scorer, Selection
+from autoprune.searching.scorer import Scorer, Selection, divergences_of
 
 FEW = 256
 """Samples on the first rung."""
@@ -57,8 +55,6 @@ class Climber:
             yield self._score(training.model, selection, steps=training.done)
 
     def _score(self, model: nn.Module, selection: Selection, *, steps: int) -> Score:
-        still = copy.deepcopy(model)
-        fold_norms(still, self.scorer.norms)
-        seen: Tensor = selection.divergences(still)
+        seen = divergences_of(model, selection, self.scorer.norms)
         error = float(seen.std() / math.sqrt(len(seen)))
         return Score(float(seen.mean()), len(seen), attrs={"stderr": error, "recovery_steps": steps}, seen=seen.numpy())

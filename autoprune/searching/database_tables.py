@@ -30,7 +30,7 @@ from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from autoprune.errors import RunError
 from autoprune.searching.database_place import Place
-from autoprune.searching.journal import Ending
+from autoprune.searching.journal import Ending, blank_trial
 
 TOKEN = "autoprune:asked"
 """System attribute of a trial: a random text by which the process that made it finds it when the answer was lost."""
@@ -71,7 +71,7 @@ class Tables(RDBStorage):
             earlier = self._made_before(connection, study_id, token) if again else None
             if earlier is not None:
                 return earlier
-            trial = copy.deepcopy(template) if template is not None else _blank()
+            trial = copy.deepcopy(template) if template is not None else blank_trial(-1, -1)
             trial.system_attrs = {**trial.system_attrs, TOKEN: token}
             trial.datetime_start = _local(_utc(trial.datetime_start))
             trial.datetime_complete = _local(_utc(trial.datetime_complete))
@@ -327,22 +327,6 @@ def _tells(trial: FrozenTrial, ending: Ending) -> bool:
         and all(trial.user_attrs.get(key) == json.loads(json.dumps(each)) for key, each in ending.user_attrs.items())
         and set(ending.system_attrs) <= set(trial.system_attrs)
         and set(ending.steps) <= set(trial.intermediate_values)
-    )
-
-
-def _blank() -> FrozenTrial:
-    return FrozenTrial(
-        number=-1,
-        state=TrialState.RUNNING,
-        value=None,
-        datetime_start=datetime.now(),
-        datetime_complete=None,
-        params={},
-        distributions={},
-        user_attrs={},
-        system_attrs={},
-        intermediate_values={},
-        trial_id=-1,
     )
 
 

@@ -59,6 +59,14 @@ class Ending:
     """Intermediate values by step."""
 
 
+def blank_trial(number: int, trial_id: int) -> FrozenTrial:
+    """A running trial of which nothing is known yet."""
+    return FrozenTrial(
+        number=number, state=TrialState.RUNNING, value=None, datetime_start=datetime.now(), datetime_complete=None,
+        params={}, distributions={}, user_attrs={}, system_attrs={}, intermediate_values={}, trial_id=trial_id,
+    )  # fmt: skip
+
+
 class Drafting(BaseStorage):
     """Put before one of Optuna's storages among the bases: what a sampler says of a draft is collected, not written."""
 

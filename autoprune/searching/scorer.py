@@ -6,6 +6,7 @@ paired by sample, so little data tells much. Knows the selection data and nothin
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -78,6 +79,15 @@ def outputs_of(model: nn.Module, batches: Sequence[Tensor]) -> Nested:
     """What `model` returns for all batches, tensors (samples, ...), in the containers that it returns them in."""
     with torch.no_grad():
         return joined([model(batch) for batch in batches], [len(batch) for batch in batches])
+
+
+def divergences_of(model: nn.Module, selection: Selection, norms: Mapping[str, str]) -> Tensor:
+    """Of a model that stays as it is (one in training, say) for every sample, (samples,) float64; `norms` as folding
+    takes them.
+    """
+    still = copy.deepcopy(model)
+    fold_norms(still, norms)
+    return selection.divergences(still)
 
 
 class Scorer:

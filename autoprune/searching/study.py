@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -30,7 +29,7 @@ from autoprune.core.space import Choice
 from autoprune.errors import RunError
 from autoprune.searching.database import Database
 from autoprune.searching.database_place import shown_url
-from autoprune.searching.journal import DRAFT_ID, Draft, Ending, TrialJournal
+from autoprune.searching.journal import DRAFT_ID, Draft, Ending, TrialJournal, blank_trial
 from autoprune.searching.owners import Heartbeat, Owner, Watch, this_process
 from autoprune.searching.patience import Patience
 from autoprune.searching.problem import Problem, as_choice, as_row
@@ -204,20 +203,7 @@ class StudyRecord:
 
     def _draft_trial(self) -> FrozenTrial:
         self._study._thread_local.cached_all_trials = None
-        number = len(self.trials())
-        return FrozenTrial(
-            number=number,
-            state=TrialState.RUNNING,
-            value=None,
-            datetime_start=datetime.now(),
-            datetime_complete=None,
-            params={},
-            distributions={},
-            user_attrs={},
-            system_attrs={},
-            intermediate_values={},
-            trial_id=DRAFT_ID,
-        )
+        return blank_trial(len(self.trials()), DRAFT_ID)
 
     def _proposed(self, draft: FrozenTrial) -> dict[str, Any]:
         """All parameters by the sampler, in the order in which `optuna.Trial` asks for them."""

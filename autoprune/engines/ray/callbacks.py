@@ -15,7 +15,7 @@ from ray.train._internal.storage import StorageContext
 from ray.tune.experiment import Trial
 
 from autoprune.engines.base import Ended, Job, Lanes
-from autoprune.engines.ray.tune import METRIC
+from autoprune.engines.ray.tune import METRIC, simple_attrs
 
 
 @final
@@ -57,9 +57,9 @@ class Heard:
         if ended.score is None:
             self._over("on_trial_error", trial)
             return ended
-        attrs = {key: value for key, value in ended.score.attrs.items() if isinstance(value, int | float | str)}
         result = {
-            METRIC: ended.score.value, "samples": ended.score.samples, **attrs, "training_iteration": 1,
+            METRIC: ended.score.value, "samples": ended.score.samples, **simple_attrs(ended.score),
+            "training_iteration": 1,
             "timesteps_total": ended.number, "time_total_s": time.monotonic() - self._begun,
             "trial_id": trial.trial_id, "config": trial.config, "done": True,
         }  # fmt: skip

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import ray
 
-from autoprune.engines.settings import TARGET, EngineSettings, RaySettings
+from autoprune.engines.settings import START_TARGET, TARGET, EngineSettings, RaySettings
 from autoprune.errors import RunError
 from autoprune.progress import Progress
 
@@ -58,8 +58,7 @@ def connected(settings: EngineSettings, progress: Progress) -> Cluster:
     progress.note(f"ray {ray.__version__}: {len(nodes)} node{'s' * (len(nodes) > 1)}, {_summed()}")
     if not ray.cluster_resources().get(TARGET):
         progress.note(
-            f"ray: no node is the target yet, and every search times its finalists in the end: start Ray there with "
-            f"`ray start --address=HEAD:6379 --resources='{{\"{TARGET}\": 1}}'`"
+            f"ray: no node is the target yet, and every search times its finalists in the end: {START_TARGET}"
         )
     return Cluster(ours=True)
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, final
-from uuid import uuid4
 
 import ray
 from torch import Tensor
@@ -23,7 +22,6 @@ from autoprune.engines.base import (
     Shared,
     train_here,
 )
-from autoprune.engines.freight import Freight
 from autoprune.engines.ray.callbacks import Heard
 from autoprune.engines.ray.cluster import Cluster, connected
 from autoprune.engines.ray.lanes import ActorLanes
@@ -88,9 +86,9 @@ class RayEngine:
         if not items:
             return
         self._release()
-        key, cargo = uuid4().hex, ray.put(freight.pack((work, shared, list(items))))
+        cargo = [ray.put(freight.pack((work, shared, list(items))))]  # in a list it arrives as a reference
         piece = ray.remote(num_cpus=1, max_retries=self._settings.retries)(_piece)
-        yield from map(ray.get, [piece.remote(key, cargo, index) for index in range(len(items))])
+        yield from map(ray.get, [piece.remote(cargo, index) for index in range(len(items))])
 
     def measure(
         self, work: Callable[Parameters, Result], *args: Parameters.args, **kwargs: Parameters.kwargs
@@ -116,26 +114,13 @@ def _trained(course: Course, _nothing: None) -> Mapping[str, Tensor] | None:
     return train_here(course)
 
 
-def _piece(key: str, cargo: Freight, index: int) -> Any:
-    work, shared, items = _unpacked(key, _Held(cargo))
+def _piece(cargo: Sequence[Any], index: int) -> Any:
+    work, shared, items = _unpacked(cargo[0])
     return work(shared, items[index])
 
 
-class _Held:
-    """Freight as an argument of a cached function: all are alike, the key beside it says which it is."""
-
-    def __init__(self, cargo: Freight) -> None:
-        self.cargo = cargo
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Held)
-
-    def __hash__(self) -> int:
-        return 0
-
-
 @lru_cache(maxsize=1)
-def _unpacked(key: str, held: _Held) -> tuple[Callable[..., Any], Any, Sequence[Any]]:  # noqa: ARG001
+def _unpacked(reference: Any) -> tuple[Callable[..., Any], Any, Sequence[Any]]:
     """Unpack once in a worker process, for all pieces of one work that it does."""
-    found: tuple[Callable[..., Any], Any, Sequence[Any]] = freight.unpack(held.cargo)
+    found: tuple[Callable[..., Any], Any, Sequence[Any]] = freight.unpack(ray.get(reference))
     return found

@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from autoprune.engines import freight
 from autoprune.engines.freight import Freight
 from autoprune.engines.local import this_machine
-from autoprune.engines.settings import TARGET, EngineSettings
+from autoprune.engines.settings import START_TARGET, TARGET, EngineSettings
 from autoprune.errors import AutopruneError, RunError, TargetError
 from autoprune.progress import Progress, TrialSeen
 
@@ -94,8 +94,7 @@ class Target:
                 ray.cancel(wanted)
                 raise TargetError(
                     f"ray: no node carries the resource {TARGET} after {self._settings.ray.target_wait_s:.0f} s, so "
-                    "nothing can be measured; nothing that was found is lost: start Ray on the target with "
-                    f"`ray start --address=HEAD:6379 --resources='{{\"{TARGET}\": 1}}'` and resume the search"
+                    f"nothing can be measured; nothing that was found is lost: {START_TARGET} and resume the search"
                 )
             time.sleep(_LOOK_S)
         return nodes[0]

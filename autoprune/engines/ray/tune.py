@@ -46,6 +46,11 @@ _LOOK_S = 0.05
 _END_S = 60.0
 
 
+def simple_attrs(score: Score) -> dict[str, int | float | str]:
+    """The attributes of a score that Tune and its callbacks can show."""
+    return {key: value for key, value in score.attrs.items() if isinstance(value, int | float | str)}
+
+
 class Climbing(tune.Trainable):  # type: ignore[misc]
     """One job after the other; a step is a rung."""
 
@@ -68,7 +73,7 @@ class Climbing(tune.Trainable):  # type: ignore[misc]
         except Exception as error:  # noqa: BLE001  (who asked decides what an error means)
             return {METRIC: math.inf, _FAILED: sendable(error), "done": True, _RUNG: 1}
         top = self._at == self._climb.height
-        attrs = {f"{_ATTR}{key}": each for key, each in score.attrs.items() if isinstance(each, int | float | str)}
+        attrs = {f"{_ATTR}{key}": each for key, each in simple_attrs(score).items()}
         # Powers of the reduction factor, so that every rung is one of ASHA's.
         rung = REDUCTION ** (self._at - 1)
         return {METRIC: score.value, _SAMPLES: score.samples, **attrs, _RUNG: rung, _TOP: top, "done": top}
