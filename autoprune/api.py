@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from autoprune.apply import apply
 from autoprune.config import Config, save_run
 from autoprune.core.budget import Budget, parse_budgets
+from autoprune.core.exchange import ExportRecord
 from autoprune.core.floor import Floor, floor_of, recorded
 from autoprune.core.outcome import OutcomeRecord, PackedItem, PackedRecord, UnitsRecord, VerifyRecord
 from autoprune.core.policy import Measured, Policy
@@ -32,6 +33,8 @@ from autoprune.evaluators import evaluator
 from autoprune.evaluators.base import Evaluator
 from autoprune.evaluators.function import Function
 from autoprune.evidence import judge, unit_records, write_down
+from autoprune.exporters import exporter
+from autoprune.exporting import write_export
 from autoprune.files import read_policy, write_bytes, write_policy, write_text
 from autoprune.goal import Plan, Recover, check_goal, resolve_limits
 from autoprune.loading import load_data, load_factory, load_model, random_data
@@ -44,6 +47,7 @@ from autoprune.packing.archive import inspected
 from autoprune.progress import Progress, Silent
 from autoprune.pursue import Found, fastest, pursue
 from autoprune.report.html import render
+from autoprune.resolved import resolved
 from autoprune.run import Run
 from autoprune.run_folder import usable_folder
 from autoprune.runtimes import runtime
@@ -165,6 +169,17 @@ def apply_policy(
         applied, example=subject.example, factory=config.model, source=folder, folder=output,
         progress=progress,
     )  # fmt: skip
+
+
+def export_policy(
+    policy_path: Path, config: Config, *, folder: Path, tool: str, output: Path, allow_lossy: bool, progress: Progress
+) -> ExportRecord:
+    """Write a policy as `tool` reads it into `output`. Raises LossyError where that loses something and may not."""
+    read_policy(policy_path)  # a damaged one is told at once
+    chosen = exporter(tool)
+    subject = subject_of(_any_policy(_task(config, folder)), progress)
+    laid = resolved(apply(policy_path, subject), subject, title=policy_path.name, factory=config.model)
+    return write_export(laid, chosen, output, allow_lossy=allow_lossy)
 
 
 def unpack_file(path: Path, output: Path) -> PackedRecord:

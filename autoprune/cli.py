@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from autoprune import __version__
 from autoprune.config import FILE_NAME, Config, demo_config, json_schema, load_config, load_run
+from autoprune.core.exchange import ExportRecord
 from autoprune.core.outcome import OutcomeRecord, PackedRecord, UnitsRecord, VerifyRecord
 from autoprune.core.policy import Policy
 from autoprune.display import Mode, fail, make_display
@@ -165,6 +166,33 @@ def apply(
     for kind, path in written.items():
         display.show(text.line(f"{kind}: {path}"))
     display.result({"written": {kind: str(path) for kind, path in written.items()}})
+
+
+@command
+@with_flags
+def export(
+    policy: PolicyFile,
+    *,
+    to: Annotated[str, typer.Option("--to", help="The tool: torch-pruning, modelopt, nni, onnx, python, ...")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write into. Default: exported/TOOL.")
+    ] = None,
+    allow_lossy: Annotated[
+        bool, typer.Option("--allow-lossy", help="Write what the tool can be told, where that is not all.")
+    ] = False,
+    mode: Mode,
+    given: Given,
+) -> None:
+    """Write a policy as another tool reads it, and say what was kept exactly, approximated and dropped."""
+    config, folder, notice = _configured(given, goal=False, data=False)
+    where = output or Path("exported") / to.replace(":", "-")
+    with make_display(mode) as display:
+        display.note(notice)
+        record: ExportRecord = _api().export_policy(
+            policy, config, folder=folder, tool=to, output=where, allow_lossy=allow_lossy, progress=display
+        )
+    display.show(text.export_view(record))
+    display.result({"export": _json(record)})
 
 
 @command

@@ -28,6 +28,10 @@ class PolicyError(AutopruneError):
     """A policy file is damaged, of another version, or belongs to another model."""
 
 
+class LossyError(AutopruneError):
+    """A tool's format cannot say all that a policy does; the text lists what would be approximated or dropped."""
+
+
 class RunError(AutopruneError):
     """A run folder cannot be read, written or resumed."""
 

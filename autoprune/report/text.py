@@ -9,6 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from autoprune.core.exchange import ExportRecord
 from autoprune.core.outcome import CoverageRecord, OutcomeRecord, PackedRecord, UnitsRecord, VerifyRecord
 from autoprune.core.policy import Measured, Policy, UnitDecision
 from autoprune.report import numbers
@@ -80,6 +81,14 @@ def packed_view(record: PackedRecord) -> RenderableType:
         table.add_row(Text(item.name), item.kind, shape, f"{item.stored_bytes:,}", bound, f"{100 * above:.1f} %")
     whole = f"{record.size_bytes:,} bytes, {record.overhead_bytes:,} of them header; {record.plain_bytes:,} as tensors"
     return Group(table, Text(whole, style="bold"), Text(f"written: {record.written}"))
+
+
+def export_view(record: ExportRecord) -> RenderableType:
+    """An export: its files, and what each aspect of the policy became."""
+    styles = {"exact": "green", "approximated": "yellow", "dropped": "red"}
+    remarks = [Text(line, style=styles[line.partition(":")[0]]) for line in record.lines]
+    files = [Text(f"{name}: {path}") for name, path in record.files.items()]
+    return Group(Text(f"{record.tool} (tested with {', '.join(record.tested)})", style="bold"), *remarks, *files)
 
 
 def verify_view(record: VerifyRecord, *, metric: str) -> RenderableType:
