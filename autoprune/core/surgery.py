@@ -17,7 +17,7 @@ class Surgery:
     """By tensor of the state dict; tensors that are not named stay whole, or go with a dropped block."""
     gone: tuple[str, ...] = ()
     """Tensors that go with dropped blocks."""
-    dropped: Mapping[str, tuple[str, tuple[None | bool | int | float | str, ...] | None]] = field(default_factory=dict)
+    dropped: Mapping[str, tuple[str, tuple[bool | int | float | str | None, ...] | None]] = field(default_factory=dict)
     """Module -> what stays of it (`zero`, `relu`, `identity`), and what it returns besides."""
     split: Mapping[str, int] = field(default_factory=dict)
     """Layer that is two now -> channels between them."""
