@@ -59,6 +59,7 @@ from autoprune.spaces import Narrowing, WeightChoice, load_space
 from autoprune.sparsity import sparsifier
 from autoprune.storage import FLOATS, FileFormat
 from autoprune.subject import Task, in_memory, subject_of
+from autoprune.transfer import transfer
 from autoprune.verify import Stopwatch, latency_record, params, score, size_bytes
 from autoprune.workbench import Workbench, prepare
 
@@ -158,14 +159,20 @@ def units_of(config: Config, *, folder: Path, latency: bool, progress: Progress)
     return UnitsRecord(units=unit_records(space, costs, {}), coverage=reached, notes=notes)
 
 
-def apply_policy(
-    policy_path: Path, config: Config, *, folder: Path, output: Path, progress: Progress
+def apply_policy(  # noqa: PLR0913 (one flat, keyword-only door, like the command's flags)
+    policy_path: Path, config: Config, *, folder: Path, output: Path, anew: bool = False, progress: Progress
 ) -> dict[str, Path]:
-    """Write the cut model of a policy into `output`; kind -> file."""
+    """Write the cut model of a policy into `output`; kind -> file. With `anew` (transfer) the policy's methods choose on
+    this model's weights what goes, and the policy that comes of it is written, too.
+    """
     read_policy(policy_path)  # a damaged one is told at once
     subject = subject_of(_any_policy(_task(config, folder)), progress)
+    written: dict[str, Path] = {}
+    if anew:
+        policy_path = transfer(policy_path, subject, output, refit=config.search.refit, progress=progress)
+        written["policy"] = policy_path
     applied = apply(policy_path, subject)
-    return write_model(
+    return written | write_model(
         applied, example=subject.example, factory=config.model, source=folder, folder=output,
         progress=progress,
     )  # fmt: skip

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor, nn
 
 from autoprune.core.policy import Policy, UnitDecision
 from autoprune.core.unit import NARROWED, Unit
 from autoprune.errors import PolicyError, listed, near_miss
-from autoprune.evidence import GRIDS, KEPT, SCALES, TENSOR
 from autoprune.files import read_policy
 from autoprune.model.cut import CutPlan, cut
 from autoprune.model.discover import Anatomy
@@ -24,6 +20,7 @@ from autoprune.model.flow import norms_after
 from autoprune.model.integers import Arithmetic, compute_in_integers
 from autoprune.model.plain import Kinds
 from autoprune.packing.coding import Codes
+from autoprune.side_file import GRIDS, KEPT, SCALES, TENSOR, read_side_file
 from autoprune.storage import Weights
 from autoprune.subject import Subject
 
@@ -55,8 +52,8 @@ def apply(path: Path, subject: Subject) -> Applied:
     policy = read_policy(path)
     anatomy = subject.anatomy
     _check_identity(path, policy, subject)
-    _check_units(path, policy, anatomy)
-    tensors = _side_tensors(path, policy)
+    check_units(path, policy, anatomy)
+    tensors = read_side_file(path, policy)
     options = policy.options()
     kept = {
         name: _kept(path, name, option.keep, policy.units[name].of, tensors)
@@ -121,25 +118,35 @@ def _quantised(
 
 
 def _check_identity(path: Path, policy: Policy, subject: Subject) -> None:
-    if policy.model is None:
-        raise PolicyError(f"{path}: it does not say which model it is for (`model:`); write it with autoprune search")
+    check_structure(path, policy, subject)
     identity = policy.model
-    if identity.structure != subject.structure:
+    if identity is None:
+        raise PolicyError(
+            f"{path}: it does not say which model it is for (`model:`); "
+            "--transfer lays it on this one by the policy's methods"
+        )
+    if identity.fingerprint != subject.fingerprint:
+        raise PolicyError(
+            f"{path}: same architecture as {identity.name!r}, other weights "
+            f"(policy {identity.fingerprint[:19]}..., model {subject.fingerprint[:19]}...); "
+            "give the weights it was made for (--weights), or --transfer, which chooses anew what goes"
+        )
+
+
+def check_structure(path: Path, policy: Policy, subject: Subject) -> None:
+    """Raises PolicyError where the policy is for a model of other layers."""
+    identity = policy.model
+    if identity is not None and identity.structure != subject.structure:
         found = sum(parameter.numel() for parameter in subject.task.model.parameters())
         raise PolicyError(
             f"{path}: it was made for {identity.name!r} ({identity.params:,} parameters); this model is "
             f"{subject.task.name!r} ({found:,} parameters) and its layers have other names or shapes; "
             "give the model it was made for (--model), or search anew"
         )
-    if identity.fingerprint != subject.fingerprint:
-        raise PolicyError(
-            f"{path}: same architecture as {identity.name!r}, other weights "
-            f"(policy {identity.fingerprint[:19]}..., model {subject.fingerprint[:19]}...); "
-            "give the weights it was made for (--weights), or search anew"
-        )
 
 
-def _check_units(path: Path, policy: Policy, anatomy: Anatomy) -> None:
+def check_units(path: Path, policy: Policy, anatomy: Anatomy) -> None:
+    """Raises PolicyError with all units that the model does not have so."""
     units = {unit.name: unit for unit in anatomy.units}
     problems = []
     for name, decision in policy.units.items():
@@ -158,24 +165,6 @@ def _check_units(path: Path, policy: Policy, anatomy: Anatomy) -> None:
 def _alike(unit: Unit, decision: UnitDecision) -> bool:
     """Whether both mean the same kind; `channels` is also how heads and features were called first."""
     return unit.kind == decision.kind or (unit.narrows and decision.kind == "channels")
-
-
-def _side_tensors(path: Path, policy: Policy) -> dict[str, Tensor]:
-    if policy.weights is None:
-        raise PolicyError(f"{path}: it names no side file (`weights:`) with kept indices and weights; search anew")
-    if Path(policy.weights).name != policy.weights:
-        raise PolicyError(f"{path}: weights: {policy.weights!r} must be a file beside the policy, without folders")
-    side = path.parent / policy.weights
-    try:
-        content = side.read_bytes()
-    except OSError as error:
-        raise PolicyError(f"{side}: cannot be read ({error.strerror}); it belongs beside {path.name}") from None
-    if policy.weights_sha256 is not None and hashlib.sha256(content).hexdigest() != policy.weights_sha256:
-        raise PolicyError(f"{side}: is not the file that {path.name} was written with (its SHA-256 differs)")
-    try:
-        return dict(load(content))
-    except (SafetensorError, ValueError) as error:
-        raise PolicyError(f"{side}: is damaged: {error}") from None
 
 
 def _kept(path: Path, unit: str, keep: int, of: int, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -154,6 +154,9 @@ def apply(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the pruned model into.")] = Path(
         "pruned"
     ),
+    transfer: Annotated[
+        bool, typer.Option("--transfer", help="To other weights: the policy's methods choose anew what goes.")
+    ] = False,
     mode: Mode,
     given: Given,
 ) -> None:
@@ -162,7 +165,7 @@ def apply(
     with make_display(mode) as display:
         display.note(notice)
         written: dict[str, Path]
-        written = _api().apply_policy(policy, config, folder=folder, output=output, progress=display)
+        written = _api().apply_policy(policy, config, folder=folder, output=output, anew=transfer, progress=display)
     for kind, path in written.items():
         display.show(text.line(f"{kind}: {path}"))
     display.result({"written": {kind: str(path) for kind, path in written.items()}})

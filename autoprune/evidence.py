@@ -11,9 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 
-from autoprune.contender import Contender, counted_macs, measured
+from autoprune.contender import counted_macs, measured
 from autoprune.core.budget import Metric, shown
 from autoprune.core.floor import Floor
 from autoprune.core.outcome import OutcomeRecord, PredictionCheck, TrialRecord, UnitRecord
@@ -23,19 +22,11 @@ from autoprune.core.unit import Option, Unit
 from autoprune.coverage import coverage
 from autoprune.profile.cost_model import CostModel
 from autoprune.pursue import Found
-from autoprune.storage import FLOATS, Weights
+from autoprune.side_file import side_file
+from autoprune.storage import FLOATS
 from autoprune.subject import Subject
 from autoprune.verify import latency_record, overruns, params, score
 from autoprune.workbench import Workbench
-
-KEPT = "kept/"
-"""Prefix of the side file's tensors that hold kept channel indices."""
-TENSOR = "tensor/"
-"""Prefix of the side file's tensors that hold the cut model's state."""
-SCALES = "scales/"
-"""Prefix of the side file's tensors that hold the scales of int8 weights, by the weights' names in the state."""
-GRIDS = "grids/"
-"""Prefix of the side file's tensors that hold, by layer, the grids of what a layer reads and makes in integers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +61,8 @@ def write_down(bench: Workbench, found: Found, floor: Floor, *, title: str) -> W
             held_out = score(contender.candidate.model, task.evaluator, part, batch=bench.subject.batch)
             how = "fine-tuned" if "fine-tuned" in contender.recovery else "refitted"
             baselines[f"{contender.label}, {how}"] = measured(bench, contender, held_out)
-    side = side_file(bench, found.chosen)
+    options = bench.space.options_of(found.chosen.choice)
+    side = side_file(found.chosen.candidate, bench.stitcher, options)
     policy = _policy(bench, found, floor, Evidence(
         metric=task.evaluator.name, dense=dense, pruned=chosen, baselines=baselines, verified=True,
         search=_search_facts(bench, found),
@@ -114,19 +106,6 @@ def judge(
         else:
             parts.append(scored)
     return met, "; ".join(parts)
-
-
-def side_file(bench: Workbench, chosen: Contender) -> bytes:
-    """Exact kept indices, the cut model's whole state, the scales of what is stored as integers and the grids of what
-    computes in them, as safetensors.
-    """
-    tensors = {KEPT + unit: indices for unit, indices in chosen.candidate.plan.units.items()}
-    tensors |= {TENSOR + name: tensor for name, tensor in chosen.candidate.model.state_dict().items()}
-    tensors |= {SCALES + name: codes.scales for name, codes in Weights.of(chosen.candidate).quantised.items()}
-    for layer, option in bench.stitcher.edited_layers(bench.space.options_of(chosen.choice)).items():
-        if option.form == "integer" and layer in chosen.candidate.edits:
-            tensors[GRIDS + layer] = torch.tensor(bench.stitcher.arithmetic[layer].numbers, dtype=torch.float64)
-    return bytes(save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}))
 
 
 def model_identity(subject: Subject) -> ModelIdentity:

@@ -5,11 +5,12 @@ Knows contenders and the plan. Where fine-tuning runs, and whether as a populati
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from autoprune.bank.stitch import Candidate
+from autoprune.bank.stitch import Candidate, Stitcher
 from autoprune.contender import Contender
+from autoprune.core.unit import Option
 from autoprune.goal import Plan, Recover
 from autoprune.progress import Progress
 from autoprune.recover.course import Course, divergence, recovered
@@ -47,6 +48,13 @@ def finish(bench: Workbench, chosen: Contender, plan: Plan, progress: Progress) 
 def schedule_of(plan: Recover) -> Schedule:
     """How long and how fast a fine-tuning is."""
     return Schedule(plan.steps, plan.learning_rate, batch=plan.batch)
+
+
+def refitted(stitcher: Stitcher, options: Mapping[str, Option], reference: Reference) -> tuple[Candidate, int]:
+    """The candidate of `options`, refitted, and how many layers were solved."""
+    candidate = stitcher.build(options)
+    found = refit(reference, candidate, edits=stitcher.edited_layers(options))
+    return replace(candidate, edits={**candidate.edits, **found.edits}), found.layers
 
 
 def _refitted(bench: Workbench, racing: Sequence[Contender], progress: Progress) -> Iterator[Contender]:
@@ -106,13 +114,11 @@ def _better(bench: Workbench, before: Contender, least: float, candidate: Candid
 
 def _mended(bench: Workbench, contender: Contender, reference: Reference) -> Contender:
     """A refitted copy of a contender, or the contender itself where that made it no better on the selection data."""
-    candidate = bench.stitcher.build(bench.space.options_of(contender.choice))
-    refitted = refit(reference, candidate, edits=bench.stitcher.edited_layers(bench.space.options_of(contender.choice)))
-    candidate = replace(candidate, edits={**candidate.edits, **refitted.edits})
+    candidate, layers = refitted(bench.stitcher, bench.space.options_of(contender.choice), reference)
     divergence = float(bench.selection.divergences(candidate.model).mean())
     if not divergence < contender.divergence:
         return contender
     return replace(
-        contender, candidate=candidate, divergence=divergence, recovery=f"refit of {refitted.layers} layers",
+        contender, candidate=candidate, divergence=divergence, recovery=f"refit of {layers} layers",
         size_bytes=bench.files.size(candidate.model, Weights.of(candidate)),
     )  # fmt: skip

@@ -134,7 +134,8 @@ def _narrowed(unit: Unit, decision: UnitDecision, applied: Applied, subject: Sub
     for member in sorted(group.on("out", "both"), key=lambda member: member.layer != unit.name):
         places = producers.get(member.layer, ())
         producers[member.layer] = (*places, *member.positions[gone].flatten().tolist())
-    return UnitCut(unit.name, decision, unit.layers, tuple(kept.tolist()), producers)
+    modules = tuple(dict.fromkeys(number.module for number in group.numbers))
+    return UnitCut(unit.name, decision, unit.layers, tuple(kept.tolist()), producers, modules)
 
 
 def _layers(applied: Applied, subject: Subject) -> dict[str, LayerCut]:

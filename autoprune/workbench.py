@@ -13,22 +13,17 @@ from typing import TypeVar, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from autoprune.bank import store
-from autoprune.bank.build import Bank, CalibrationData, Harms, local_harms, observe, rank
-from autoprune.bank.calibrate import CalibrationSettings
-from autoprune.bank.depth import observe_runs
+from autoprune.bank.build import Bank, Harms, local_harms
 from autoprune.bank.stitch import Stitcher
+from autoprune.banking import bank_of, stitcher_of
 from autoprune.core.cost import LatencyTable
 from autoprune.core.space import Choice, Space
-from autoprune.costing import Stages, arithmetic_of
+from autoprune.costing import Stages
 from autoprune.engines.base import Score
 from autoprune.errors import TargetError
-from autoprune.evaluators.divergence import class_dim
-from autoprune.methods import method
 from autoprune.model.fingerprint import of_tensors, of_text
-from autoprune.model.flow import norms_after
 from autoprune.model.recalibrate import Anchor
 from autoprune.nest import first_tensor
 from autoprune.profile.cost_model import CostModel
@@ -42,7 +37,6 @@ from autoprune.runtimes import runtime
 from autoprune.searching.climb import Climber
 from autoprune.searching.measured_prior import one_at_a_time
 from autoprune.searching.scorer import Scorer, Selection
-from autoprune.sparsity import sparsifier
 from autoprune.storage import FLOATS, FileFormat, storage_of
 from autoprune.subject import Subject, batches_of
 from autoprune.verify import Stopwatch
@@ -108,10 +102,8 @@ def prepare(
     task, model = subject.task, subject.model
     samples = subject.samples
     batches = batches_of(subject, task.data.calibration_inputs[: samples.calibrate])
-    bank, key = stages.timed("bank", lambda: _bank(subject, batches, run, progress))
-    anchor = Anchor.of(model, batches_of(subject, task.data.calibration_inputs[: samples.recalibrate]))
-    arithmetic = arithmetic_of(subject, space, run.folder, progress)
-    stitcher = Stitcher(model, subject.anatomy, bank, anchor=anchor, arithmetic=arithmetic)
+    bank, key = stages.timed("bank", lambda: bank_of(subject, batches, run, progress))
+    stitcher = stitcher_of(subject, bank, space, run.folder, progress)
     inputs, targets = (
         tensor[: samples.select] for tensor in (subject.parts.selection.inputs, subject.parts.selection.targets)
     )
@@ -146,65 +138,6 @@ def _file_format(subject: Subject, norms: Mapping[str, str], progress: Progress)
             progress.note(f"size is that of plain tensors: {error}")
             return replace(files, kind="plain")
     return files
-
-
-def _bank(subject: Subject, batches: tuple[Tensor, ...], run: Run, progress: Progress) -> tuple[Bank, str]:
-    """The bank, read from the run folder when it was made from the same weights, data and methods."""
-    task, samples = subject.task, subject.samples
-    chosen = [choice.method for choice in task.spec.weights if choice.patterns != ("",)]
-    settings = CalibrationSettings(
-        patches=samples.patches, gradient_samples=samples.gradients, seed=task.seed,
-        movement=any("movement" in sparsifier(name).needs for name in chosen),
-    )  # fmt: skip
-    names = sorted({choice.method for choice in task.spec.methods})
-    versions = [(name, method(name).version) for name in names]
-    data = of_tensors([("x", task.data.calibration_inputs), ("y", task.data.calibration_targets)])
-    key = of_text(subject.fingerprint, data, versions, settings, samples, subject.anatomy.units, "bank 5")
-    path = run.folder / "bank" / f"{key[:16]}.safetensors"
-    norms = norms_after(subject.model, batches[0][:2])
-    moments = store.Moments(path.parent, key, memory_bytes=task.bank_memory, progress=progress)
-    tensors = store.load_tensors(path, key=key)
-    known = None if tensors is None else store.unpack(tensors, norms, moments)
-    if known is not None:
-        progress.note(f"reused the bank ({path.name})")
-        return known, key
-    targets = _classes(subject, batches)
-    progress.phase("depth")
-    few = batches_of(subject, task.data.calibration_inputs[: samples.refit])
-    runs = observe_runs(
-        subject.model,
-        subject.anatomy.blocks,
-        few,
-        norms=norms,
-        patches=settings.patches,
-        max_columns=settings.max_columns,
-    )  # fmt: skip
-    statistics = observe(
-        subject.model, subject.anatomy, CalibrationData(batches, targets), others=tuple(runs),
-        settings=replace(settings, memory_bytes=task.bank_memory), progress=progress, keep=moments.keep,
-    )  # fmt: skip
-    pieces = store.Pieces(path.with_suffix(".orders"), key, run.engine.each)
-    orders = rank(
-        subject.model, subject.anatomy, statistics, norms=norms, methods=names, targets=torch.cat(targets),
-        seed=task.seed, progress=progress, each=pieces,
-    )  # fmt: skip
-    bank = Bank(statistics, orders, norms, runs)
-    store.save_tensors(path, store.pack(bank), {"key": key})
-    pieces.forget()
-    return bank, key
-
-
-def _classes(subject: Subject, batches: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """What gradients are taken against: labels, or the dense model's own answers where there are none."""
-    given = subject.task.data.calibration_targets
-    if given is not None:
-        return torch.split(given[: subject.samples.calibrate], subject.batch)
-    wanted = subject.task.data.validation_targets
-    with torch.no_grad():
-        outputs = [first_tensor(subject.model(batch)) for batch in batches]
-    return tuple(
-        output if wanted.is_floating_point() else output.argmax(class_dim(output, wanted)) for output in outputs
-    )
 
 
 def _ranked_only(space: Space, bank: Bank, stitcher: Stitcher, progress: Progress) -> Space:

@@ -154,6 +154,9 @@ class UnitCut:
     """Of a narrowed unit: the layers whose outputs go with it (root first), and which of them go, in the order of the
     unit's channels. Depthwise convolutions are among them, norms are not."""
 
+    modules: tuple[str, ...] = ()
+    """Of a narrowed unit: the modules whose forward pass reads its width as an integer (`Surgery.numbers`)."""
+
     @property
     def narrows(self) -> bool:
         """Whether channels of it go."""

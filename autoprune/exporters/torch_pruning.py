@@ -14,7 +14,8 @@ class TorchPruning:
     """`pruning.json` with `pruning_ratio_dict` by module name and `pruning_history`; the final state beside it.
 
     The history is `DependencyGraph.pruning_history()`: (module, whether outputs go, indices), one entry a unit; what is
-    coupled to the root goes by Torch-Pruning's own graph. `load.py` replays it and loads the state.
+    coupled to the root goes by Torch-Pruning's own graph. `load.py` replays it, sets the `attributes` that forward passes
+    read (how many heads there are) and loads the state.
     """
 
     __slots__ = ()
@@ -25,27 +26,44 @@ class TorchPruning:
     def export(self, resolved: Resolved) -> Exported:
         """Widths and channels exactly, mended values as a state dict; no depth, nothing inside layers."""
         narrowed = [unit for unit in resolved.units if unit.narrows]
+        refused = {unit.name: why for unit in narrowed if (why := _refusal(unit, resolved)) is not None}
+        told = [unit for unit in narrowed if unit.name not in refused]
+        whole = not refused and all(aspect in ("width", "channels", "weights") for _, aspect in resolved.aspects)
         content = {
             **about(resolved, self.tested),
-            "pruning_ratio_dict": {unit.name: 1 - unit.decision.keep / unit.decision.of for unit in narrowed},
-            "pruning_history": [[root, True, list(gone)] for unit in narrowed for root, gone in _entries(unit)],
+            "pruning_ratio_dict": {unit.name: 1 - unit.decision.keep / unit.decision.of for unit in told},
+            "pruning_history": [[unit.name, True, list(gone)] for unit in told for gone in _removed(unit)],
+            "attributes": {
+                module: dict(numbers)
+                for unit in told
+                for module, numbers in resolved.surgery.numbers.items()
+                if module in unit.modules
+            },
         }
-        own = {unit.name: _heads(unit) for unit in narrowed if unit.decision.kind == "heads"}
-        whole = all(aspect in ("width", "channels", "weights") for _, aspect in resolved.aspects) and not own
-        weights = EXACT if whole else dropped("they fit only the model that the whole policy makes")
-        fidelity = resolved.graded({"width": EXACT, "channels": EXACT, "weights": weights}, units=own)
         files = {"pruning.json": json_bytes(content), "load.py": loader("torch_pruning")}
         if whole and resolved.mended:
             files["state.pt"] = state_bytes(resolved.model.state_dict())
-        return Exported(files, fidelity)
+        weights = EXACT if whole else dropped("they fit only the model that the whole policy makes")
+        own: dict[str, dict[Aspect, Grade]] = {
+            name: {"width": dropped(why), "channels": dropped(why)} for name, why in refused.items()
+        }
+        grades: dict[Aspect, Grade] = {"width": EXACT, "channels": EXACT, "weights": weights}
+        return Exported(files, resolved.graded(grades, units=own))
 
 
-def _entries(unit: UnitCut) -> list[tuple[str, tuple[int, ...]]]:
-    """What is pruned by name: the root; all others follow."""
+def _removed(unit: UnitCut) -> list[tuple[int, ...]]:
+    """What goes of the root's outputs; all else follows."""
+    return [gone for gone in ((unit.producers or {})[unit.name],) if gone]
+
+
+def _refusal(unit: UnitCut, resolved: Resolved) -> str | None:
+    """Why the tool's graph would not do what the policy says, if so."""
     producers = unit.producers or {}
-    return [(root, gone) for root, gone in list(producers.items())[:1] if gone and unit.decision.kind != "heads"]
-
-
-def _heads(_unit: UnitCut) -> dict[Aspect, Grade]:
-    nothing = dropped("its graph does not tie query, key and value of a written-out attention")
-    return {"width": nothing, "channels": nothing}
+    if unit.name not in producers:
+        return "its root is no layer that the tool prunes"
+    if unit.decision.kind != "heads":
+        return None
+    if len(set(producers.values())) > 1:
+        return "queries and keys of other widths (grouped queries) are not tied by its graph"
+    numbers = [name for module in unit.modules for name in resolved.surgery.numbers.get(module, {})]
+    return "the number of heads is not a plain attribute" if any("." in name for name in numbers) else None

@@ -18,6 +18,9 @@ def prune(model: torch.nn.Module, example_inputs: torch.Tensor) -> torch.nn.Modu
     content = json.loads((HERE / "pruning.json").read_text(encoding="utf-8"))
     graph = tp.DependencyGraph().build_dependency(model, example_inputs=example_inputs)
     graph.load_pruning_history([tuple(entry) for entry in content["pruning_history"]])
+    for name, values in content["attributes"].items():
+        for attribute, value in values.items():
+            setattr(model.get_submodule(name), attribute, value)
     if (HERE / "state.pt").exists():
         model.load_state_dict(torch.load(HERE / "state.pt", weights_only=True))
     return model
