@@ -159,11 +159,11 @@ def units_of(config: Config, *, folder: Path, latency: bool, progress: Progress)
     return UnitsRecord(units=unit_records(space, costs, {}), coverage=reached, notes=notes)
 
 
-def apply_policy(  # noqa: PLR0913 (one flat, keyword-only door, like the command's flags)
+def apply_policy(
     policy_path: Path, config: Config, *, folder: Path, output: Path, anew: bool = False, progress: Progress
 ) -> dict[str, Path]:
-    """Write the cut model of a policy into `output`; kind -> file. With `anew` (transfer) the policy's methods choose on
-    this model's weights what goes, and the policy that comes of it is written, too.
+    """Write the cut model of a policy into `output`; kind -> file. With `anew` (a transfer) the policy's methods choose
+    what goes on this model's weights, and the policy that comes of it is written, too.
     """
     read_policy(policy_path)  # a damaged one is told at once
     subject = subject_of(_any_policy(_task(config, folder)), progress)

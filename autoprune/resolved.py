@@ -6,6 +6,7 @@ Knows what was applied. Does not know any tool.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from autoprune.subject import Subject
 
 def resolved(applied: Applied, subject: Subject, *, title: str, factory: str) -> Resolved:
     """What exporters get of an applied policy. `title` is the policy file's name, `factory` the dense model's."""
-    surgery = surgery_of(applied, subject.model)
+    surgery = _with_slices(surgery_of(applied), applied, subject.model)
     return Resolved(
         applied.policy, title, factory, _units(applied, subject), _layers(applied, subject), subject.model,
         applied.model, subject.example, surgery, _mended(applied, subject.model, surgery),
@@ -41,32 +42,34 @@ def onnx_of(applied: Applied, example: Tensor) -> bytes:
     return checked(onnx_file(applied.model, applied.weights, example=example, norms=norms))
 
 
-def surgery_of(applied: Applied, dense: nn.Module) -> Surgery:
-    """What is done to the modules and tensors of `dense`, as plain values."""
+def surgery_of(applied: Applied) -> Surgery:
+    """What is done to modules, as plain values; the shapes of tensors follow from the cut model's state."""
     plan = applied.plan
     numbers: dict[str, dict[str, int]] = {}
     for (module, attribute), value in plan.numbers.items():
         numbers.setdefault(module, {})[attribute] = value
+    return Surgery(
+        dropped={each.name: (each.rest, each.further) for block in plan.dropped for each in block.stand_ins},
+        split=dict(applied.ranks), numbers=numbers, plain=dict(applied.plain), resized=plan.size,
+        rounded={layer: (each.tail, *each.numbers) for layer, each in applied.arithmetic.items()},
+    )  # fmt: skip
+
+
+def _with_slices(surgery: Surgery, applied: Applied, dense: nn.Module) -> Surgery:
+    """The same, and what of each tensor of `dense` stays."""
     slices: dict[str, list[Slice]] = {}
-    modules = dict(dense.named_modules())
-    for name, kept in plan.layers.items():
+    modules, left = dict(dense.named_modules()), applied.model.state_dict()
+    for name, kept in applied.plan.layers.items():
         for tensor, dim, indices in _cut_tensors(name, modules[name], kept):
             slices.setdefault(tensor, []).append((dim, tuple(indices.tolist())))
-    for (parameter, dim), indices in plan.slabs.items():
+    for (parameter, dim), indices in applied.plan.slabs.items():
         slices.setdefault(parameter, []).append((dim, tuple(indices.tolist())))
-    left = applied.model.state_dict()
     halves = [name for name in dense.state_dict() if any(is_within(name, layer) for layer in applied.ranks)]
-    return Surgery(
-        slices={name: tuple(cuts) for name, cuts in slices.items() if name in left},
+    return replace(
+        surgery, slices={name: tuple(cuts) for name, cuts in slices.items() if name in left or name in halves},
         gone=tuple(name for name in dense.state_dict() if name not in left and name not in halves),
-        dropped={each.name: (each.rest, each.further) for block in plan.dropped for each in block.stand_ins},
-        split=dict(applied.ranks),
-        numbers=numbers,
-        plain=dict(applied.plain),
-        resized=plan.size,
-        rounded={layer: (each.tail, *each.numbers) for layer, each in applied.arithmetic.items()},
-        kernels={name: kept.kernel for name, kept in plan.layers.items() if kept.kernel is not None},
-    )
+        kernels={name: kept.kernel for name, kept in applied.plan.layers.items() if kept.kernel is not None},
+    )  # fmt: skip
 
 
 def _cut_tensors(name: str, layer: nn.Module, kept: KeptSides) -> list[tuple[str, int, Tensor]]:

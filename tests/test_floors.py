@@ -66,6 +66,8 @@ LEVELS: dict[str, int] = {
     "transfer": 7,
     "importers": 4,
     "importing": 7,
+    "mapping": 7,
+    "replay": 7,
     "exporting": 7,
     "origin": 6,
     "ship": 7,

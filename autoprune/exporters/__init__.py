@@ -6,9 +6,13 @@ from collections.abc import Callable
 
 from autoprune import plugins
 from autoprune.exporters.base import Exporter
+from autoprune.exporters.onnx_model import OnnxModel
+from autoprune.exporters.python import Python
 from autoprune.exporters.torch_pruning import TorchPruning
 
 EXPORTERS: dict[str, Callable[[], Exporter]] = {
+    "onnx": OnnxModel,
+    "python": Python,
     "torch-pruning": TorchPruning,
 }
 

@@ -14,8 +14,8 @@ class TorchPruning:
     """`pruning.json` with `pruning_ratio_dict` by module name and `pruning_history`; the final state beside it.
 
     The history is `DependencyGraph.pruning_history()`: (module, whether outputs go, indices), one entry a unit; what is
-    coupled to the root goes by Torch-Pruning's own graph. `load.py` replays it, sets the `attributes` that forward passes
-    read (how many heads there are) and loads the state.
+    coupled to the root goes by Torch-Pruning's own graph. `load.py` replays it, sets the `attributes` that forward
+    passes read (how many heads there are) and loads the state.
     """
 
     __slots__ = ()

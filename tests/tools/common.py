@@ -36,6 +36,12 @@ class Case:
         """Of our cut model's state."""
         return {name: tuple(tensor.shape) for name, tensor in self.cut.items()}
 
+    def error(self, network: nn.Module) -> float:
+        """How far the outputs of `network` are from our cut model's, relative to the largest of these."""
+        with torch.no_grad():
+            found = network(self.inputs)
+        return difference(found if isinstance(found, Tensor) else found.logits, self.logits)
+
     def dense(self) -> nn.Module:
         """The dense model in evaluation mode."""
         return built(self.folder / "network.py", self.state)
@@ -72,8 +78,7 @@ def widths(found: nn.Module, case: Case) -> str:
 
 def difference(found: Tensor, wanted: Tensor) -> float:
     """The largest, relative to the largest number that is wanted."""
-    with torch.no_grad():
-        return float((found - wanted).abs().max() / wanted.abs().max())
+    return float((found - wanted).detach().abs().max() / wanted.abs().max())
 
 
 def tell(packages: tuple[str, ...], **agreement: object) -> None:
