@@ -39,6 +39,7 @@ from autoprune.files import read_policy, write_bytes, write_policy, write_text
 from autoprune.goal import Plan, Recover, check_goal, resolve_limits
 from autoprune.loading import load_data, load_factory, load_model, random_data
 from autoprune.memory import suit
+from autoprune.merging import merge_files
 from autoprune.model.describe import macs_of
 from autoprune.model.flow import norms_after
 from autoprune.model.integers import deployed
@@ -187,6 +188,11 @@ def export_policy(
     subject = subject_of(_any_policy(_task(config, folder)), progress)
     laid = resolved(apply(policy_path, subject), subject, title=policy_path.name, factory=config.model)
     return write_export(laid, chosen, output, allow_lossy=allow_lossy)
+
+
+def merge_policies(paths: Sequence[Path], output: Path) -> Policy:
+    """Join the policies in `paths` into one at `output`. Raises PolicyError where they conflict."""
+    return merge_files(paths, output)
 
 
 def unpack_file(path: Path, output: Path) -> PackedRecord:

@@ -14,8 +14,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from autoprune import yamls
-from autoprune.core.policy import FORMAT, Policy
-from autoprune.errors import AutopruneError, ConfigError, PolicyError, RunError, listed
+from autoprune.core.policy import FORMAT, Policy, unknown_keys
+from autoprune.errors import AutopruneError, ConfigError, PolicyError, RunError, listed, near_miss
 from autoprune.problems import given, problems_of
 
 SIZE_LIMIT = 10_000_000
@@ -97,11 +97,15 @@ def read_policy(path: Path) -> Policy:
             f"{path}: autoprune: format version {given(version)} is unknown; this version of autoprune reads {FORMAT}; "
             "upgrade autoprune if the file is newer"
         )
+    unknown = unknown_keys(content)
+    problems = [f"{key}: unknown key; {near_miss(key, Policy.model_fields)}" for key in unknown]
     try:
-        return Policy.model_validate(content, strict=True)
+        policy = Policy.model_validate({key: content[key] for key in content if key not in unknown}, strict=True)
     except ValidationError as invalid:
-        problems = [f"{key}: {text}" for key, text in problems_of(invalid, Policy)]
-        raise PolicyError(f"{path}: is not a valid policy:\n{listed(problems)}") from invalid
+        problems += [f"{key}: {text}" for key, text in problems_of(invalid, Policy)]
+    if problems:
+        raise PolicyError(f"{path}: is not a valid policy:\n{listed(problems)}")
+    return policy
 
 
 def _write_synced(path: Path, data: bytes) -> None:

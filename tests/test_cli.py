@@ -13,6 +13,7 @@ from records import outcome, units_of, verified
 from typer.testing import CliRunner
 
 from autoprune import cli
+from autoprune.commands.app import api as door
 from autoprune.config import DEMO_SECONDS, Config, load_config, save_run
 from autoprune.errors import BudgetError, MissedError
 from autoprune.progress import Progress
@@ -46,9 +47,9 @@ class Api:
         return units_of("stem")
 
     def apply_policy(
-        self, policy_path: Path, config: Config, *, folder: Path, output: Path, progress: Progress
+        self, policy_path: Path, config: Config, *, folder: Path, output: Path, anew: bool, progress: Progress
     ) -> dict[str, Path]:
-        self._take(config, folder=folder, policy=policy_path, output=output)
+        self._take(config, folder=folder, policy=policy_path, output=output, anew=anew)
         return {"onnx": output / "model.onnx"}
 
     def verify_policy(self, policy_path: Path, config: Config, *, folder: Path, progress: Progress) -> Any:
@@ -59,7 +60,7 @@ class Api:
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Api:
     fake = Api()
-    monkeypatch.setattr(cli, "_api", lambda: fake)
+    monkeypatch.setitem(sys.modules, "autoprune.api", fake)  # type: ignore[arg-type]
     monkeypatch.chdir(tmp_path)
     return fake
 
@@ -193,7 +194,7 @@ def test_show_and_schema() -> None:
 
 def test_apply_and_verify(api: Api, tmp_path: Path) -> None:
     assert "onnx: out/model.onnx" in run("apply", str(GOLDEN), "-o", "out")
-    assert api.seen == {"folder": tmp_path, "policy": GOLDEN, "output": Path("out")}
+    assert api.seen == {"folder": tmp_path, "policy": GOLDEN, "output": Path("out"), "anew": False}
     assert "embedded demo" in run("verify", str(GOLDEN))
     api.verified = verified(met=False)
     assert "error: 4.93 ms against 5 ms" in run("verify", str(GOLDEN), code=4)
@@ -260,7 +261,7 @@ def test_a_users_mistakes(api: Api, arguments: list[str], text: str) -> None:
 def test_the_door_opens_on_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in = ModuleType("autoprune.api")
     monkeypatch.setitem(sys.modules, "autoprune.api", stand_in)
-    assert cli._api() is stand_in
+    assert door() is stand_in
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["search", "--help"], ["show", str(GOLDEN)], ["schema"]])

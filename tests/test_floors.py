@@ -67,6 +67,7 @@ LEVELS: dict[str, int] = {
     "importers": 4,
     "importing": 7,
     "mapping": 7,
+    "merging": 7,
     "replay": 7,
     "exporting": 7,
     "origin": 6,
@@ -75,11 +76,12 @@ LEVELS: dict[str, int] = {
     "display": 8,
     "flags": 8,
     "init": 8,
+    "commands": 8,
     "cli": 9,
 }
 DOORS = {
     "autoprune/__init__.py",
-    "autoprune/cli.py",
+    "autoprune/commands/app.py",
     "autoprune/plugins.py",
     "autoprune/sources/opened.py",
     "autoprune/sources/refusal.py",
@@ -162,7 +164,7 @@ def test_core_is_standard_library_and_pydantic() -> None:
 
 def test_configuration_is_for_the_top_and_for_loading() -> None:
     users = {module_of(path) for path in files() if "autoprune.config" in set(own(path))}
-    assert users <= {"autoprune.api", "autoprune.cli", "autoprune.loading", "autoprune.init"}
+    assert users <= {"autoprune.api", "autoprune.commands.app", "autoprune.commands.policies", "autoprune.commands.searching", "autoprune.loading", "autoprune.init"}
 
 
 def test_sources_run_without_the_rest() -> None:

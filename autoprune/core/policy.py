@@ -1,8 +1,14 @@
-"""The policy file's content (format 1): decision first, evidence after. A value; reading YAML is done elsewhere."""
+"""The policy file's content (format 1): decision first, evidence after. A value; reading YAML is done elsewhere.
+
+What decides (`units`, and every key at the top) is read strictly: a key that is not known here could change what the
+policy means. What only informs (model, target, evidence) may have keys of later versions, which are passed over. Keys
+at the top that begin with `x-` are other tools' own and are kept as they are.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -13,6 +19,8 @@ from autoprune.core.target import Precision
 from autoprune.core.unit import LOW_RANK, NARROWED, Bits, Compensate, InputBits, Kind, Option, SizeOf
 
 FORMAT: Final = 1
+EXTENSION: Final = "x-"
+"""What keys at the top begin with that other tools add for themselves."""
 
 
 def _finite(value: float) -> float:
@@ -24,11 +32,11 @@ def _finite(value: float) -> float:
 Finite = Annotated[float, AfterValidator(_finite)]
 
 
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class _Informs(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class UnitDecision(_Value):
+class UnitDecision(BaseModel):
     """What happens to one unit: `keep` of its `of` channels or weights by `method`, or the block dropped (keep 0 of 1),
     or a kernel of side `of` cut to its middle (method `center`), or input images of height `of` resized.
 
@@ -45,6 +53,8 @@ class UnitDecision(_Value):
     bits: Bits = 32
     rank: int = Field(default=0, ge=0)
     inputs: InputBits = 32
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     @model_validator(mode="after")
     def _consistent(self) -> UnitDecision:
@@ -74,7 +84,7 @@ class UnitDecision(_Value):
         return Option(self.method, self.keep, self.compensate, self.pattern, self.bits, self.rank, self.inputs)
 
 
-class ModelIdentity(_Value):
+class ModelIdentity(_Informs):
     """Which model a policy belongs to. `fingerprint` covers weights, `structure` names and shapes alone."""
 
     name: str
@@ -84,7 +94,7 @@ class ModelIdentity(_Value):
     example: list[list[int]]
 
 
-class TargetRecord(_Value):
+class TargetRecord(_Informs):
     """Where latencies were measured."""
 
     runtime: str
@@ -95,7 +105,7 @@ class TargetRecord(_Value):
     where: str = ""
 
 
-class LatencyRecord(_Value):
+class LatencyRecord(_Informs):
     """Measured milliseconds over `runs` timed runs, interleaved with the dense model."""
 
     median: Finite
@@ -104,7 +114,7 @@ class LatencyRecord(_Value):
     runs: int
 
 
-class ScoreRecord(_Value):
+class ScoreRecord(_Informs):
     """A metric on `n` held-out samples, with its standard error."""
 
     value: Finite
@@ -112,7 +122,7 @@ class ScoreRecord(_Value):
     stderr: Finite
 
 
-class Measured(_Value):
+class Measured(_Informs):
     """Everything measured or counted of one model."""
 
     latency_ms: LatencyRecord | None = None
@@ -139,7 +149,7 @@ class Measured(_Value):
         return found
 
 
-class Evidence(_Value):
+class Evidence(_Informs):
     """What was measured when the policy was made."""
 
     metric: str = "top1"
@@ -150,7 +160,7 @@ class Evidence(_Value):
     search: dict[str, Any] = Field(default_factory=dict)
 
 
-class Policy(_Value):
+class Policy(BaseModel):
     """A pruning policy. `units` alone is enough to apply it; units not named are kept."""
 
     autoprune: Literal[1] = FORMAT
@@ -166,6 +176,21 @@ class Policy(_Value):
     """Side file (safetensors, beside the YAML) with exact kept indices and mended tensors, and its SHA-256."""
     weights_sha256: str | None = None
 
+    model_config = ConfigDict(
+        frozen=True, extra="allow", json_schema_extra={"additionalProperties": False, "patternProperties": {"^x-": {}}}
+    )
+
+    @model_validator(mode="after")
+    def _known_keys(self) -> Policy:
+        for key in unknown_keys(self.model_extra or {}):
+            raise ValueError(f"{key}: unknown key")
+        return self
+
     def options(self) -> dict[str, Option]:
         """Unit name to option."""
         return {name: decision.option for name, decision in self.units.items()}
+
+
+def unknown_keys(keys: Iterable[str]) -> list[str]:
+    """Those of `keys` that a policy of this format does not have at its top."""
+    return [key for key in keys if key not in Policy.model_fields and not key.startswith(EXTENSION)]

@@ -24,7 +24,7 @@ class OnnxModel:
     __slots__ = ()
 
     name: str = "onnx"
-    tested: tuple[str, ...] = ("onnx 1.22.0", "onnxruntime 1.31.1")
+    tested: tuple[str, ...] = ("onnx 1.23.2", "onnxruntime 1.31.1")
 
     def export(self, resolved: Resolved) -> Exported:
         """Everything. Raises TargetError where the model cannot be written as ONNX."""

@@ -9,6 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from autoprune.core.comparison import PolicyDifference
 from autoprune.core.exchange import ExportRecord
 from autoprune.core.outcome import CoverageRecord, OutcomeRecord, PackedRecord, UnitsRecord, VerifyRecord
 from autoprune.core.policy import Measured, Policy, UnitDecision
@@ -54,8 +55,34 @@ def policy_view(policy: Policy) -> RenderableType:
         rows = {"dense": evidence.dense, "pruned": evidence.pruned}
         parts.append(measured_table({**rows, **evidence.baselines}, metric=evidence.metric))
         if not evidence.verified:
-            parts.append(Text("These numbers are predicted, not measured: run `autoprune verify`.", style="yellow"))
+            parts.append(Text("These numbers are not measured on this model: run `autoprune verify`.", style="yellow"))
     return Group(*_spaced(parts))
+
+
+def difference_view(found: PolicyDifference, *, names: tuple[str, str]) -> RenderableType:
+    """Two policies: each unit that differs with both widths as bars, then what was measured of both."""
+    parts: list[RenderableType] = [Text(f"before: {names[0]}\nafter:  {names[1]}", style="dim")]
+    parts.append(Text(f"{len(found.units)} units differ, {found.same} are the same", style="bold"))
+    if found.units:
+        table = _table("unit", numeric=())
+        for side in ("before", "after"):
+            table.add_column(side, no_wrap=True, min_width=BAR_WIDTH // 2)
+            table.add_column("", overflow="fold")
+        for each in found.units:
+            cells = [cell for unit in (each.before, each.after) for cell in _side(unit)]
+            table.add_row(Text(each.unit), *cells)
+        parts.append(table)
+    rows = {side: model for side, model in (("before", found.before), ("after", found.after)) if model is not None}
+    if rows:
+        parts.append(measured_table(rows, metric=found.metric))
+    return Group(*_spaced([*parts, *(Text(note, style="yellow") for note in found.notes)]))
+
+
+def _side(unit: UnitDecision | None) -> tuple[Text, Text]:
+    """A unit's bar, and what is done to it in words."""
+    if unit is None:
+        return Text("█" * (BAR_WIDTH // 2), style="dim"), Text("kept", style="dim")
+    return _bar(unit, BAR_WIDTH // 2), Text(f"{_kept(unit)}, {_how(unit)}")
 
 
 def outcome_view(outcome: OutcomeRecord) -> RenderableType:
@@ -178,19 +205,27 @@ def _header(policy: Policy) -> RenderableType:
 
 
 def _widths(units: Mapping[str, UnitDecision]) -> Table:
-    table = _table("unit", "kept", numeric=("width",))
-    table.add_column("method")
+    table = _table("unit", numeric=())
+    table.add_column("kept", no_wrap=True, min_width=BAR_WIDTH)
+    table.add_column("width", justify="right", no_wrap=True)
+    table.add_column("method", overflow="fold")
     for name, unit in units.items():
-        mended = f" + {numbers.label(unit.compensate)}" if unit.compensate != "none" else ""
-        kept = "dropped" if unit.keep == 0 else f"{unit.keep} of {unit.of}"
-        how = unit.option.label if unit.kind == "weights" else f"{unit.method}{mended}"
-        table.add_row(Text(name), _bar(unit), kept, Text(how))
+        table.add_row(Text(name), _bar(unit), _kept(unit), Text(_how(unit)))
     return table
 
 
-def _bar(unit: UnitDecision) -> Text:
-    filled = round(BAR_WIDTH * unit.keep / unit.of)
-    return Text("█" * filled, style="cyan") + Text("░" * (BAR_WIDTH - filled), style="dim")
+def _kept(unit: UnitDecision) -> str:
+    return "dropped" if unit.keep == 0 else f"{unit.keep} of {unit.of}"
+
+
+def _how(unit: UnitDecision) -> str:
+    mended = f" + {numbers.label(unit.compensate)}" if unit.compensate != "none" else ""
+    return unit.option.label if unit.kind == "weights" else f"{unit.method}{mended}"
+
+
+def _bar(unit: UnitDecision, width: int = BAR_WIDTH) -> Text:
+    filled = round(width * unit.keep / unit.of)
+    return Text("█" * filled, style="cyan") + Text("░" * (width - filled), style="dim")
 
 
 def _verdict(sentence: str, *, met: bool) -> Text:
