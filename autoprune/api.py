@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from autoprune.apply import apply
 from autoprune.config import Config, save_run
 from autoprune.core.budget import Budget, parse_budgets
-from autoprune.core.exchange import ExportRecord
+from autoprune.core.exchange import ExportRecord, ImportRecord
 from autoprune.core.floor import Floor, floor_of, recorded
 from autoprune.core.outcome import OutcomeRecord, PackedItem, PackedRecord, UnitsRecord, VerifyRecord
 from autoprune.core.policy import Measured, Policy
@@ -37,6 +37,7 @@ from autoprune.exporters import exporter
 from autoprune.exporting import write_export
 from autoprune.files import read_policy, write_bytes, write_policy, write_text
 from autoprune.goal import Plan, Recover, check_goal, resolve_limits
+from autoprune.importing import Import, read_import, write_import
 from autoprune.loading import load_data, load_factory, load_model, random_data
 from autoprune.memory import suit
 from autoprune.merging import merge_files
@@ -45,6 +46,7 @@ from autoprune.model.flow import norms_after
 from autoprune.model.integers import deployed
 from autoprune.model.kernels import SMALLEST
 from autoprune.packing.archive import inspected
+from autoprune.profile.device_table import read_table
 from autoprune.progress import Progress, Silent
 from autoprune.pursue import Found, fastest, pursue
 from autoprune.report.html import render
@@ -93,6 +95,7 @@ def search(  # noqa: PLR0913 (one flat, keyword-only door, like the configuratio
     max_loss: str | float | None = None,
     metric: str | Evaluator = "top1",
     target: Target | None = None,
+    latency_table: str | Path | None = None,
     size: SizeOf = "onnx",
     space: str = "cnn-channels",
     protect: Sequence[str] = (),
@@ -108,6 +111,8 @@ def search(  # noqa: PLR0913 (one flat, keyword-only door, like the configuratio
     model was not trained on. Of a family (`"3ms,5ms"`) the last outcome is returned and all are in the run folder.
     `max_drop` is how much worse the metric may get (`1%`: points for top1 and other shares, else of the dense value;
     a number: its own unit); `min_accuracy` and `max_loss` bound the metric itself.
+    `latency_table` is a file of times of a device that cannot be reached (CSV rows `unit,keep,ms`, or SPDY's timings);
+    latency is then by it, and is not measured.
     `size` says what a budget on size counts: the ONNX file, the packed file or the tensors as they are.
     `run` is a folder that later searches reuse; default: a fresh temporary one. Raises BudgetError, MissedError, and
     HelpedError where a search is shared with the machine that is the target (`Plan.storage`).
@@ -122,6 +127,7 @@ def search(  # noqa: PLR0913 (one flat, keyword-only door, like the configuratio
         model, type(model).__name__, data, evaluator(metric) if isinstance(metric, str) else metric, goal,
         spec.model_copy(update={"protect": (*spec.protect, *protect)}),
         None if example is None else tuple(example.shape[1:]), seed, size,
+        table=None if latency_table is None else read_table(Path(latency_table)),
     )  # fmt: skip
     floor = floor_of(
         task.evaluator.name, higher_is_better=task.evaluator.higher_is_better, max_drop=max_drop,
@@ -141,7 +147,7 @@ def search_config(config: Config, *, folder: Path, progress: Progress) -> list[O
 
     `folder` is what the configuration's paths are relative to. Raises MissedError when a verified number misses.
     """
-    task, floor = _task(config, folder), config.floor
+    task, floor = _with_table(_task(config, folder), config, folder), config.floor
     run = usable_folder(folder / (config.run or "runs/search"))
     save_run(config, folder, run)
     outcomes = _campaign(task, config.budgets, floor, plan=_plan(config, folder), folder=run, progress=progress)
@@ -150,7 +156,8 @@ def search_config(config: Config, *, folder: Path, progress: Progress) -> list[O
 
 def units_of(config: Config, *, folder: Path, latency: bool, progress: Progress) -> UnitsRecord:
     """What can be pruned, with each unit's share of the cost; how much of the model that is, and why not the rest."""
-    subject = subject_of(_task(config, folder), progress)
+    task = _task(config, folder)
+    subject = subject_of(_with_table(task, config, folder) if latency else task, progress)
     run = Run(usable_folder(folder / (config.run or "runs/search")) if latency else Path(), Local())
     space, costs, _ = measured_costs(subject, run, latency=latency, stages=Stages(), progress=progress)
     notes = tuple(f"kept whole: {entry.root} ({entry.reason})" for entry in subject.anatomy.refused)
@@ -188,6 +195,17 @@ def export_policy(
     subject = subject_of(_any_policy(_task(config, folder)), progress)
     laid = resolved(apply(policy_path, subject), subject, title=policy_path.name, factory=config.model)
     return write_export(laid, chosen, output, allow_lossy=allow_lossy)
+
+
+def import_policy(
+    path: Path, config: Config, *, folder: Path, asked: Import, output: Path, progress: Progress
+) -> ImportRecord:
+    """Write the policy that another tool's file means for the model to `output`. Raises PolicyError where nothing of it
+    fits, with all that was asked.
+    """
+    found = read_import(path, asked)  # a damaged one is told at once
+    subject = subject_of(_any_policy(_task(config, folder)), progress)
+    return write_import(found, subject, asked, output=output, title=str(path))
 
 
 def merge_policies(paths: Sequence[Path], output: Path) -> Policy:
@@ -348,6 +366,12 @@ def _task(config: Config, folder: Path) -> Task:
         model, type(model).__name__, data, judge_by, target, spec, None if shape is None else shape[1:],
         config.search.seed, config.size, config.search.bank_memory,
     )  # fmt: skip
+
+
+def _with_table(task: Task, config: Config, folder: Path) -> Task:
+    """The task with the times of its device, where the configuration names a table of them."""
+    table = config.target.table
+    return task if table is None else replace(task, table=read_table(folder / table))
 
 
 def _any_policy(task: Task) -> Task:

@@ -57,7 +57,7 @@ GOAL_HELP = (
     "--max-loss)"
 )
 
-_PATH_KEYS = ("weights", "run")
+_PATH_KEYS = ("weights", "run", "target.table")
 _FACTORY_KEYS = ("model", "data", "metric")
 
 

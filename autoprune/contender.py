@@ -10,7 +10,7 @@ from torch import nn
 
 from autoprune.bank.stitch import Candidate
 from autoprune.core.budget import Metric
-from autoprune.core.policy import Measured, ScoreRecord
+from autoprune.core.policy import LatencyRecord, Measured, ScoreRecord
 from autoprune.core.space import Choice
 from autoprune.model.describe import macs_of
 from autoprune.profile.clock import Timing
@@ -36,7 +36,7 @@ class Contender:
 def predicted(bench: Workbench, choice: Choice) -> dict[str, float]:
     """What the table and the counts say a choice costs."""
     metrics: list[Metric] = ["macs", "params", "size"]
-    if bench.table is not None:
+    if "latency" in bench.costs.dense:
         metrics.append("latency")
     if bench.costs.memory is not None:
         metrics.append("memory")
@@ -45,6 +45,8 @@ def predicted(bench: Workbench, choice: Choice) -> dict[str, float]:
 
 def off_by(bench: Workbench, contender: Contender, metric: Metric) -> float:
     """Measured over predicted."""
+    if metric == "latency" and bench.costs.latency is not None:
+        return 1.0
     if metric == "latency":
         return contender.timing.ratio / (contender.predicted["latency"] / bench.costs.dense["latency"])
     return measured(bench, contender).costs[metric] / contender.predicted[metric]
@@ -60,7 +62,7 @@ def measured(bench: Workbench, contender: Contender, held_out: ScoreRecord | Non
     model = contender.candidate.model
     predicted = contender.predicted.get("latency")
     return Measured(
-        latency_ms=latency_record(contender.timing, reference_s=reference_latency(bench, contender.timing)),
+        latency_ms=latency_of(bench, contender.timing),
         ratio=round(contender.timing.ratio, 5),
         predicted_ms=None if predicted is None else round(1e3 * predicted, 4),
         score=held_out,
@@ -71,6 +73,14 @@ def measured(bench: Workbench, contender: Contender, held_out: ScoreRecord | Non
         memory_bytes=contender.memory_bytes,
         recovery=contender.recovery,
     )
+
+
+def latency_of(bench: Workbench, timing: Timing) -> LatencyRecord:
+    """Milliseconds: ratios times the dense reference; by the table of a device that cannot be reached, of no run."""
+    if bench.costs.latency is not None:
+        ms = round(1e3 * timing.median, 9)
+        return LatencyRecord(median=ms, p10=ms, p90=ms, runs=0)
+    return latency_record(timing, reference_s=reference_latency(bench, timing))
 
 
 def reference_latency(bench: Workbench, timing: Timing) -> float:

@@ -24,6 +24,7 @@ from autoprune.model.fingerprint import of_tensors, of_text
 from autoprune.model.flow import norms_after
 from autoprune.model.integers import Arithmetic
 from autoprune.profile.cost_model import CostModel
+from autoprune.profile.device_table import DeviceTable, laid
 from autoprune.profile.forms import with_forms
 from autoprune.profile.latency import Bench, measure_table
 from autoprune.profile.memory import MemoryModel, live_map_of, measure_memory
@@ -57,9 +58,11 @@ def measured_costs(
     subject: Subject, run: Run, *, latency: bool, stages: Stages, progress: Progress, memory: bool = False
 ) -> tuple[Space, CostModel, LatencyTable | None]:
     """The cost table, and the space whose widths fit the runtime's steps. Latency and memory are measured only when
-    asked for.
+    asked for. Where the task has a table of a device's times, the space is what it names, and no latency is measured.
     """
     task = subject.task
+    if task.table is not None:
+        return *_given_costs(subject, task.table, run, stages=stages, progress=progress, memory=memory), None
     units = subject.anatomy.units
     forms = runtime(task.target.runtime).forms(task.target)
     first = resolve(units, task.spec, forms=forms)
@@ -72,6 +75,21 @@ def measured_costs(
     space = resolve(units, task.spec, aligned=aligned, forms=forms)
     peak = stages.timed("memory", lambda: _memory(subject, space, run, progress)) if memory else None
     return space, CostModel(with_forms(subject.anatomy.architecture, space, forms), space, table, memory=peak), table
+
+
+def _given_costs(
+    subject: Subject, table: DeviceTable, run: Run, *, stages: Stages, progress: Progress, memory: bool
+) -> tuple[Space, CostModel]:
+    """The space that a device's times are laid over, and costs whose latency is theirs."""
+    space, latency = laid(table, subject.anatomy.units, subject.task.spec)
+    whole = [entry.unit.name for entry in space.entries if len(entry.options) == 1]
+    more = f" and {len(whole) - 3} more" if len(whole) > 3 else ""
+    rest = f"; units without times to choose from stay whole: {', '.join(whole[:3])}{more}" if whole else ""
+    progress.note(f"latency is by the {table.name}, not measured{rest}")
+    peak = stages.timed("memory", lambda: _memory(subject, space, run, progress)) if memory else None
+    forms = runtime(subject.task.target.runtime).forms(subject.task.target)
+    architecture = with_forms(subject.anatomy.architecture, space, forms)
+    return space, CostModel(architecture, space, memory=peak, latency=latency)
 
 
 def arithmetic_of(subject: Subject, space: Space, folder: Path, progress: Progress) -> dict[str, Arithmetic]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from autoprune.contender import counted_macs, measured
+from autoprune.contender import counted_macs, latency_of, measured
 from autoprune.core.budget import Metric, shown
 from autoprune.core.floor import Floor
 from autoprune.core.outcome import OutcomeRecord, PredictionCheck, TrialRecord, UnitRecord
@@ -41,8 +41,9 @@ def write_down(bench: Workbench, found: Found, floor: Floor, *, title: str) -> W
     """Measure the held-out numbers and assemble the outcome and the policy's side file."""
     task, part = bench.subject.task, bench.subject.parts.held_out
     dense_score = score(bench.subject.model, task.evaluator, part, batch=bench.subject.batch)
+    given, timing = bench.costs.latency, found.dense_timing
     dense = Measured(
-        latency_ms=latency_record(found.dense_timing, reference_s=bench.table.dense_s if bench.table else None),
+        latency_ms=latency_of(bench, timing) if bench.table or given else latency_record(timing),
         ratio=1.0, score=dense_score, divergence=0.0, macs=counted_macs(bench.subject.model, bench),
         params=params(bench.subject.model), size_bytes=bench.files.size(bench.subject.model, FLOATS),
         memory_bytes=round(bench.costs.dense["memory"]) if "memory" in bench.costs.dense else None,
@@ -64,10 +65,11 @@ def write_down(bench: Workbench, found: Found, floor: Floor, *, title: str) -> W
     options = bench.space.options_of(found.chosen.choice)
     side = side_file(found.chosen.candidate, bench.stitcher, options)
     policy = _policy(bench, found, floor, Evidence(
-        metric=task.evaluator.name, dense=dense, pruned=chosen, baselines=baselines, verified=True,
+        metric=task.evaluator.name, dense=dense, pruned=chosen, baselines=baselines, verified=given is None,
         search=_search_facts(bench, found),
     ), side)  # fmt: skip
-    met, verdict = judge(chosen, found.limits, floor, dense=dense, metric=task.evaluator.name)
+    source = "" if given is None else f" by the {given.name}, not measured"
+    met, verdict = judge(chosen, found.limits, floor, dense=dense, metric=task.evaluator.name, source=source)
     record = OutcomeRecord(
         title=title, budget=found.budget.text, floor=floor.text, metric=task.evaluator.name,
         higher_is_better=task.evaluator.higher_is_better, met=met, verdict=verdict,
@@ -82,19 +84,20 @@ def write_down(bench: Workbench, found: Found, floor: Floor, *, title: str) -> W
 
 
 def judge(
-    value: Measured, limits: Mapping[Metric, float], floor: Floor, *, dense: Measured, metric: str
+    value: Measured, limits: Mapping[Metric, float], floor: Floor, *, dense: Measured, metric: str, source: str = ""
 ) -> tuple[bool, str]:
-    """Whether every promise holds, and one sentence that says by how much."""
+    """Whether every promise holds, and one sentence that says by how much; `source` says what latency is known by."""
     over = overruns(value, limits)
     parts: list[str] = []
     numbers = value.costs
     for name, limit in limits.items():
+        known = source if name == "latency" else ""
         if name in over:
             missed = 100 * (over[name] - 1)
-            parts.append(f"{name} {shown(name, numbers[name])} misses {shown(name, limit)} by {missed:.1f} %")
+            parts.append(f"{name} {shown(name, numbers[name])} misses {shown(name, limit)} by {missed:.1f} %{known}")
         else:
-            spare = 100 * (1 - numbers[name] / limit)
-            parts.append(f"{name} {shown(name, numbers[name])} keeps {shown(name, limit)} ({spare:.1f} % to spare)")
+            spare = f"({100 * (1 - numbers[name] / limit):.1f} % to spare)"
+            parts.append(f"{name} {shown(name, numbers[name])} keeps {shown(name, limit)} {spare}{known}")
     met = not over
     if value.score is not None and dense.score is not None:
         short = floor.shortfall(value.score.value, dense.score.value)
@@ -164,14 +167,10 @@ def decisions(units: Mapping[str, Unit], options: Mapping[str, Option]) -> dict[
 
 
 def _policy(bench: Workbench, found: Found, floor: Floor, evidence: Evidence, side: bytes) -> Policy:
-    task = bench.subject.task
     return Policy(
         units=decisions({unit.name: unit for unit in bench.space.units}, _options(bench, found)),
         model=model_identity(bench.subject),
-        target=TargetRecord(
-            runtime=task.target.runtime, device=task.target.device, threads=task.target.threads,
-            batch=task.target.batch, precision=task.target.precision, where=bench.run.engine.measure(where),
-        ),
+        target=_target(bench),
         budget={limit.metric: limit.text for limit in found.budget.limits},
         size=bench.files.kind,
         floor=floor.record,
@@ -181,9 +180,25 @@ def _policy(bench: Workbench, found: Found, floor: Floor, evidence: Evidence, si
     )  # fmt: skip
 
 
+def _target(bench: Workbench) -> TargetRecord:
+    """What latency was measured on, or the table that it is by."""
+    target, given = bench.subject.task.target, bench.subject.task.table
+    if given is None:
+        return TargetRecord(
+            runtime=target.runtime, device=target.device, threads=target.threads, batch=target.batch,
+            precision=target.precision, where=bench.run.engine.measure(where),
+        )  # fmt: skip
+    memory = "" if bench.costs.memory is None else f"; memory by {target.text} on {bench.run.engine.measure(where)}"
+    return TargetRecord(
+        runtime="table", device=given.file, threads=target.threads, batch=target.batch, precision=target.precision,
+        where=f"{given.name}{memory}",
+    )  # fmt: skip
+
+
 def _search_facts(bench: Workbench, found: Found) -> dict[str, object]:
-    study = found.record.study
-    return {
+    study, table = found.record.study, bench.subject.task.table
+    given = {} if table is None else {"latency_table": {"file": table.file, "sha256": table.digest}}
+    return given | {
         "sampler": type(study.sampler).__name__, "trials": len(found.record.trials()), "rounds": found.rounds,
         "seed": bench.subject.task.seed, "study": study.study_name,
         "limits": {metric: float(value) for metric, value in found.limits.items()},

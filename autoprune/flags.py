@@ -52,6 +52,7 @@ FLAGS = (
     Flag("target.threads", ("--threads",), int, "Threads of the runtime."),
     Flag("target.batch", ("--batch",), int, "Samples a run."),
     Flag("target.precision", ("--precision",), str, "float32, or float16 or bfloat16 with the runtime torch."),
+    Flag("target.table", ("--latency-table",), str, "Times of a device that cannot be reached: CSV `unit,keep,ms`."),
     Flag("target.example", ("--example",), str, "Shape of one input with its batch: 1,3,32,32."),
     Flag("search.trials", ("--trials",), int, "Candidates to evaluate at most."),
     Flag("search.seconds", ("--seconds",), float, "Time limit of the search."),

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def resolve(kind: str, name: str, builtins: Mapping[str, Callable[[], T]]) -> T:
-    """A fresh plug-in of `kind` (`method`, `runtime`, `evaluator`, `exporter`).
+    """A fresh plug-in of `kind` (`method`, `runtime`, `evaluator`, `exporter`, `importer`).
 
     Looked up in `builtins`, then among the entry points of group `autoprune.<kind>s`; a name with a colon is imported
     as `module:Name`. Classes and functions are called without arguments, anything else is taken as it is.

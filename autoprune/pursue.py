@@ -16,6 +16,7 @@ from autoprune.bank.stitch import Candidate, deployable
 from autoprune.contender import Contender, misses, off_by, predicted
 from autoprune.core.budget import Budget, Limit, Metric
 from autoprune.core.floor import Floor
+from autoprune.core.space import Choice
 from autoprune.engines.base import Lanes
 from autoprune.errors import BudgetError, HelpedError
 from autoprune.goal import Plan, Recover, resolve_limits
@@ -85,8 +86,7 @@ def pursue(bench: Workbench, budget: Budget, *, plan: Plan, progress: Progress, 
         }
         shown = ", ".join(f"{metric} is {off:.3f} x the prediction" for metric, off in missed.items())
         progress.note(f"no finalist keeps the budget: {shown}; predictions are corrected")
-        if "latency" in missed:
-            missed.pop("latency")
+        if missed.pop("latency", None) is not None and bench.costs.latency is None:
             near = [(contender.choice, contender.timing.ratio) for contender in attempt.finalists]
             bench = corrected(bench, near, least=1.005)
         allowed |= {metric: min(allowed[metric], limits[metric] / max(off, 1.001)) for metric, off in missed.items()}
@@ -217,6 +217,8 @@ def _search(
     )
     if plan.recover.trials:
         known = (*known, plan.recover)
+    if task.table is not None:
+        known = (*known, task.table.digest)
     record = open_study(
         bench.run.studies, problem, sampler=sampler, note=progress.note, name=f"{study} [{of_text(*known)[:8]}]"
     )
@@ -249,7 +251,7 @@ def _timed(
     bench: Workbench, problem: Problem, record: StudyRecord, finished: Sequence[Finished], *, plan: Plan,
     progress: Progress,
 ) -> tuple[list[Contender], list[Contender], Timing]:  # fmt: skip
-    """Finalists and baselines really cut and timed beside the dense model."""
+    """Finalists and baselines really cut and timed beside the dense model, or told by a table of the device."""
     chosen = list(finished[: plan.finalists])
     starts = {f.origin.removeprefix("baseline:"): f for f in ranked(record) if f.origin.startswith("baseline:")}
     for name, choice in baseline_choices(bench, problem).items():
@@ -262,7 +264,7 @@ def _timed(
     def work() -> tuple[list[Contender], list[Contender], Timing]:
         candidates = [bench.stitcher.build(bench.space.options_of(trial.choice)) for _, trial in labelled]
         ready = [deployable(candidate, bench.stitcher.norms) for candidate in candidates]
-        dense, timings = bench.stopwatch.compare(ready)
+        dense, timings = _timings(bench, [trial.choice for _, trial in labelled], ready)
         contenders = [
             Contender(
                 label, trial.choice, candidate, timing, predicted(bench, trial.choice),
@@ -275,6 +277,17 @@ def _timed(
         return contenders[: len(chosen)], contenders[len(chosen) :], dense
 
     return bench.stages.timed("verify", work)
+
+
+def _timings(
+    bench: Workbench, choices: Sequence[Choice], models: Sequence[nn.Module]
+) -> tuple[Timing, tuple[Timing, ...]]:
+    """The dense model's time and those of `models`, made of `choices`: measured, or by the table that was given."""
+    if bench.costs.latency is None:
+        return bench.stopwatch.compare(models)
+    dense = bench.costs.dense["latency"]
+    times = [bench.costs.cost("latency", choice) for choice in choices]
+    return Timing((dense,), (1.0,)), tuple(Timing((seconds,), (seconds / dense,)) for seconds in times)
 
 
 def _value(bench: Workbench, trial: Finished, candidate: Candidate, plan: Plan) -> float:

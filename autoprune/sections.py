@@ -143,6 +143,11 @@ class TargetConfig(Section):
     example: Annotated[tuple[int, ...], BeforeValidator(_shape)] | None = Field(
         default=None, description="Shape of one input with its batch, e.g. [1, 3, 32, 32]. Default: the data's shape."
     )
+    table: str | None = Field(
+        default=None, min_length=1,
+        description="Times of a device that cannot be reached: CSV rows `unit,keep,ms`, or SPDY's timings. Latency is "
+        "then by this table, and is not measured.",
+    )  # fmt: skip
 
     @property
     def target(self) -> Target:

@@ -17,6 +17,7 @@ from autoprune.model.discover import Anatomy, discover
 from autoprune.model.fingerprint import structure_fingerprint, weights_fingerprint
 from autoprune.model.observe import largest_activation
 from autoprune.model.plain import Kinds, plain_copy
+from autoprune.profile.device_table import DeviceTable
 from autoprune.progress import Progress
 from autoprune.spaces import SpaceSpec
 
@@ -42,6 +43,8 @@ class Task:
     size: SizeOf = "onnx"
     bank_memory: int = BANK_MEMORY
     """Bytes of second moments held in memory; the rest is on disk."""
+    table: DeviceTable | None = None
+    """Times of a device that cannot be reached, by which latency is told in place of the target's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,7 +112,8 @@ def prepare(
     architecture = with_forms(subject.anatomy.architecture, space, runtime(task.target.runtime).forms(task.target))
     files = _file_format(subject, bank.norms, progress)
     storage = stages.timed("storage", lambda: storage_of(stitcher, space, architecture, files))
-    costs = CostModel(architecture, space, table, storage=storage, memory=costs.memory)
+    latency = None if costs.latency is None else costs.latency.on(space)
+    costs = CostModel(architecture, space, table, storage=storage, memory=costs.memory, latency=latency)
     priors = stages.timed(
         "priors", lambda: _priors(subject, space, stitcher, selection, run=run, key=key, progress=progress)
     )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from autoprune.commands.app import PolicyFile, api, command, configured, json_of
 from autoprune.core.comparison import difference
-from autoprune.core.exchange import ExportRecord
+from autoprune.core.exchange import ExportRecord, ImportRecord
 from autoprune.core.policy import Policy
 from autoprune.display import Mode, make_display
 from autoprune.files import read_policy
@@ -42,6 +42,36 @@ def export(
         )
     display.show(text.export_view(record))
     display.result({"export": json_of(record)})
+
+
+@command
+@with_flags
+def import_(
+    file: Annotated[Path, typer.Argument(help="What another tool wrote.", show_default=False)],
+    *,
+    tool: Annotated[
+        str, typer.Option("--from", help="spdy, nni, distiller, mmrazor, torch-pruning, or plain: layers with ratios.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Policy file to write.")] = Path("policy.yaml"),
+    method: Annotated[
+        str, typer.Option("--method", help="Chooses which channels go, where the file does not name them.")
+    ] = "l2",
+    ratio_is: Annotated[
+        Literal["removed", "kept"] | None, typer.Option("--ratio-is", help="What plain ratios are. Default: removed.")
+    ] = None,
+    mode: Mode,
+    given: Given,
+) -> None:
+    """Make a policy of what another tool wrote; what cannot be mapped is listed, not guessed."""
+    config, folder, notice = configured(given, goal=False, data=False)
+    asked = api().Import(tool, method, ratio_is)
+    with make_display(mode) as display:
+        display.note(notice)
+        record: ImportRecord = api().import_policy(
+            file, config, folder=folder, asked=asked, output=output, progress=display
+        )
+    display.show(text.import_view(record))
+    display.result({"import": json_of(record)})
 
 
 @command

@@ -44,9 +44,8 @@ def _head(outcome: OutcomeRecord) -> str:
         f'<header><p class="eyebrow">autoprune report</p><h1>{escape(outcome.title)}</h1><p class="goal">{goals}</p>',
         f'<p class="verdict {state}"><span class="badge">{state}</span> {escape(outcome.verdict)}</p>',
     ]
-    told = numbers.against_baselines(outcome)
-    if told is not None:
-        parts.append(f'<p class="verdict missed">{told}</p>')
+    told = (numbers.unverified(outcome.policy), numbers.against_baselines(outcome))
+    parts += [f'<p class="verdict missed">{escape(sentence)}</p>' for sentence in told if sentence is not None]
     return "".join([*parts, "</header>"])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from autoprune.core.budget import shown
 from autoprune.core.floor import SHARES
 from autoprune.core.outcome import OutcomeRecord
-from autoprune.core.policy import LatencyRecord, Measured, ScoreRecord
+from autoprune.core.policy import LatencyRecord, Measured, Policy, ScoreRecord
 
 NOTHING = "–"
 
@@ -41,8 +41,8 @@ def digits(number: float) -> str:
 
 
 def spread(record: LatencyRecord | None) -> str:
-    """p10 to p90 in milliseconds: `4.85–5.02`."""
-    return NOTHING if record is None else f"{digits(record.p10)}–{digits(record.p90)}"
+    """p10 to p90 in milliseconds: `4.85–5.02`. What was not measured has none."""
+    return NOTHING if record is None or not record.runs else f"{digits(record.p10)}–{digits(record.p90)}"
 
 
 def median(record: LatencyRecord | None) -> str:
@@ -83,6 +83,18 @@ def against_baselines(outcome: OutcomeRecord) -> str | None:
             "standard error of the dense model, and no search can be much above. A tighter one would tell them apart."
         )
     return "A baseline scored better on the held-out data; see its row, and mind ±."
+
+
+def unverified(policy: Policy) -> str | None:
+    """One sentence where a policy's numbers were not measured: what they are, and what to do. None where they were."""
+    evidence = policy.evidence
+    if evidence is None or evidence.verified:
+        return None
+    latency = evidence.pruned.latency_ms
+    if latency is None or latency.runs or policy.target is None:
+        return "These numbers are not measured on this model: run `autoprune verify`."
+    table = policy.target.where.partition(";")[0]
+    return f"Latency is by the {table}, not measured: run `autoprune verify` where that device is."
 
 
 def label(name: str) -> str:

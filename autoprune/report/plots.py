@@ -140,7 +140,7 @@ def _timed(models: Sequence[Measured]) -> list[Point]:
     return [
         (model.predicted_ms, model.latency_ms.median)
         for model in models
-        if model.predicted_ms is not None and model.latency_ms is not None
+        if model.predicted_ms is not None and model.latency_ms is not None and model.latency_ms.runs
     ]
 
 

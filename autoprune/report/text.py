@@ -10,13 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from autoprune.core.comparison import PolicyDifference
-from autoprune.core.exchange import ExportRecord
+from autoprune.core.exchange import ExportRecord, ImportRecord
 from autoprune.core.outcome import CoverageRecord, OutcomeRecord, PackedRecord, UnitsRecord, VerifyRecord
 from autoprune.core.policy import Measured, Policy, UnitDecision
 from autoprune.report import numbers
 
 BAR_WIDTH = 24
 MOST_COLUMNS = 6
+MOST_LINES = 40
 
 
 def units_view(record: UnitsRecord) -> RenderableType:
@@ -54,8 +55,9 @@ def policy_view(policy: Policy) -> RenderableType:
     if evidence is not None:
         rows = {"dense": evidence.dense, "pruned": evidence.pruned}
         parts.append(measured_table({**rows, **evidence.baselines}, metric=evidence.metric))
-        if not evidence.verified:
-            parts.append(Text("These numbers are not measured on this model: run `autoprune verify`.", style="yellow"))
+    warning = numbers.unverified(policy)
+    if warning is not None:
+        parts.append(Text(warning, style="yellow"))
     return Group(*_spaced(parts))
 
 
@@ -92,9 +94,8 @@ def outcome_view(outcome: OutcomeRecord) -> RenderableType:
         _verdict(outcome.verdict, met=outcome.met),
         measured_table(rows, metric=outcome.metric),
     ]
-    told = numbers.against_baselines(outcome)
-    if told is not None:
-        parts.append(Text(told, style="yellow"))
+    told = (numbers.unverified(outcome.policy), numbers.against_baselines(outcome))
+    parts += [Text(sentence, style="yellow") for sentence in told if sentence is not None]
     return Group(*parts)
 
 
@@ -116,6 +117,17 @@ def export_view(record: ExportRecord) -> RenderableType:
     remarks = [Text(line, style=styles[line.partition(":")[0]]) for line in record.lines]
     files = [Text(f"{name}: {path}") for name, path in record.files.items()]
     return Group(Text(f"{record.tool} (tested with {', '.join(record.tested)})", style="bold"), *remarks, *files)
+
+
+def import_view(record: ImportRecord) -> RenderableType:
+    """An import: what was written, and what could not be mapped, as far as that fits a screen."""
+    told = [
+        *(Text(f"not mapped: {line}", style="yellow") for line in record.unmapped),
+        *(Text(f"note: {line}", style="dim") for line in record.notes),
+    ]
+    more = [Text(f"and {len(told) - MOST_LINES} more (--json lists all)")] if len(told) > MOST_LINES else []
+    many = f"wrote {record.written}: {record.units} units; next: autoprune apply {record.written} --transfer"
+    return Group(Text(many, style="bold"), *told[:MOST_LINES], *more)
 
 
 def verify_view(record: VerifyRecord, *, metric: str) -> RenderableType:
