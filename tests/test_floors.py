@@ -1,6 +1,7 @@
 """The floors of the house: lower ones never import higher ones, and heavy packages live behind their walls."""
 
 import ast
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,9 +107,14 @@ def floor_of(module: str) -> str:
     return "base" if parts[-1] == "base" else parts[1]
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports(path: Path, *, typing_only: bool = False) -> Iterator[tuple[str, ast.stmt]]:
     """All modules that a file imports, with where; those for the type checker alone are left out."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = parsed(path)
     skipped = {
         id(inner)
         for node in ast.walk(tree)
@@ -133,6 +139,7 @@ def own(path: Path) -> Iterator[str]:
     return (name for name, _ in imports(path) if name.split(".")[0] == "autoprune")
 
 
+@functools.cache
 def foreign(path: Path) -> set[str]:
     return {name.split(".")[0] for name, _ in imports(path)} - {"autoprune"}
 
@@ -183,7 +190,7 @@ def test_heavy_packages_live_behind_their_walls() -> None:
 
 def test_imports_stand_at_the_top() -> None:
     for path in files():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = parsed(path)
         functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
         inside = [
             f"{path.relative_to(ROOT)}:{inner.lineno}"
@@ -199,7 +206,7 @@ def test_modules_by_name_only_at_named_doors() -> None:
     found = {
         path.relative_to(ROOT.parent).as_posix()
         for path in files()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.Call)
         and ast.unparse(node.func) in ("importlib.import_module", "import_module", "__import__")
     }
