@@ -35,7 +35,7 @@ from autoprune.evaluators.function import Function
 from autoprune.evidence import judge, unit_records, write_down
 from autoprune.exporters import exporter
 from autoprune.exporting import write_export
-from autoprune.files import read_policy, write_bytes, write_policy, write_text
+from autoprune.files import open_file, read_policy, write_bytes, write_policy, write_text
 from autoprune.goal import Plan, Recover, check_goal, resolve_limits
 from autoprune.importing import Import, read_import, write_import
 from autoprune.loading import load_data, load_factory, load_model, random_data
@@ -215,7 +215,8 @@ def merge_policies(paths: Sequence[Path], output: Path) -> Policy:
 
 def unpack_file(path: Path, output: Path) -> PackedRecord:
     """Write the tensors of a packed model as safetensors, bit for bit. Raises ModelError for a damaged file."""
-    unpacked, known = inspected(path.read_bytes(), name=str(path))
+    with open_file(path) as file:
+        unpacked, known = inspected(file.read(), name=str(path))
     tensors = unpacked.tensors
     write_bytes(output, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
     items = [

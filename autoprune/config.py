@@ -206,14 +206,14 @@ def load_run(run: Path, overrides: Mapping[str, object]) -> tuple[Config, Path]:
     if not path.is_file():
         raise RunError(f"{run}: is no autoprune run (it has no {RUN_FILE}); give the folder of an earlier search")
     content = read_yaml(path, error=RunError)
-    if not isinstance(content, dict) or not {"folder", "config"} <= set(content):
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict) or "folder" not in content:
         raise RunError(f"{path}: is damaged; start the search anew")
     try:
         config = Config.model_validate(_overridden({**content["config"], "run": str(run.resolve())}, _given(overrides)))
     except ValidationError as error:
         raise _error(problems_of(error, Config), str(path), set(overrides)) from None
-    folder = Path(str(content["folder"]))
-    return config, folder if folder.is_dir() else Path.cwd()
+    folder = str(content["folder"])
+    return config, Path(folder) if os.path.isdir(folder) else Path.cwd()  # unlike Path's, False for any text
 
 
 def json_schema() -> dict[str, Any]:

@@ -45,10 +45,9 @@ def predicted(bench: Workbench, choice: Choice) -> dict[str, float]:
 
 def off_by(bench: Workbench, contender: Contender, metric: Metric) -> float:
     """Measured over predicted."""
-    if metric == "latency" and bench.costs.latency is not None:
-        return 1.0
     if metric == "latency":
-        return contender.timing.ratio / (contender.predicted["latency"] / bench.costs.dense["latency"])
+        share = contender.predicted["latency"] / bench.costs.dense["latency"]
+        return contender.timing.ratio / share if share else 1.0  # by a table that was given, there may be none
     return measured(bench, contender).costs[metric] / contender.predicted[metric]
 
 

@@ -95,7 +95,7 @@ def _number(value: object) -> str | float:
 
 
 def _shape(value: object) -> object:
-    if isinstance(value, str):
+    if isinstance(value, str) and len(value) <= 1000:  # the expression takes the square of a long row of spaces
         parts = re.split(r"\s*[,x]\s*", value.strip(" []"))
         value = [int(part) if re.fullmatch(r"[0-9]{1,9}", part) else part for part in parts]
     if not isinstance(value, list | tuple) or not all(type(size) is int and size > 0 for size in value):

@@ -94,7 +94,7 @@ ALL_FLAGS = """
     --finalists 2 --no-refit --bank-memory 1GB --run here --engine ray --workers 5 --retries 1
     --storage sqlite:///s.db --ray-address auto --ray-cpus 2 --ray-gpus 0.25 --ray-target-wait 9 --ray-asha
     --ray-population 4 --ray-callback m:C --recover-steps 80 --recover-learning-rate 0.002 --recover-batch 32
-    --recover-trials
+    --recover-trials --latency-table device.csv
 """
 
 
@@ -114,6 +114,7 @@ def test_every_flag_reaches_the_configuration(api: Api) -> None:
             "batch": 4,
             "example": (1, 3, 8, 8),
             "precision": "float16",
+            "table": "device.csv",
         },
         "budget": ("3ms,5ms", "2MB"),
         "size": "packed",

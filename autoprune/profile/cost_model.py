@@ -20,6 +20,7 @@ from autoprune.core.space import Choice, Space
 from autoprune.core.unit import Unit
 from autoprune.profile.prices import BYTES_PER_PARAMETER, LayerCosts, file_prices, price_lists, stored_otherwise
 from autoprune.profile.seams import Seams
+from autoprune.profile.unit_latency import UnitLatency
 from autoprune.profile.widths import Array, Choices, WidthMap, Widths, as_array
 
 _GAIN = 1e-9
@@ -53,12 +54,12 @@ class CostModel:
     """Costs of the choices of one space on one target. Immutable. Without a table there is no latency.
 
     `storage` says what the file that models are shipped as takes; without, size is that of the tensors. Without
-    `memory` that is not known.
+    `memory` that is not known. `latency` takes the place of a measured table.
     """
 
     def __init__(
         self, architecture: Architecture, space: Space, table: LatencyTable | None = None, *,
-        storage: Storage | None = None, memory: PeakMemory | None = None,
+        storage: Storage | None = None, memory: PeakMemory | None = None, latency: UnitLatency | None = None,
     ) -> None:  # fmt: skip
         self.architecture = architecture
         self.space = space
@@ -68,6 +69,7 @@ class CostModel:
         self.storage = storage
         self._seams = Seams.of(architecture)
         self.memory = memory
+        self.latency = latency
         self._tensors = self._costs["size"]
         self._stored = stored_otherwise(architecture, space, storage)
         if storage is not None:
@@ -85,6 +87,8 @@ class CostModel:
             dense["latency"] = table.dense_s  # measured, so free of the correction that predictions get
         if memory is not None:
             dense["memory"] = memory.dense_bytes
+        if latency is not None:
+            dense["latency"] = latency.dense_s
         self.dense: Mapping[Metric, float] = MappingProxyType(dense)
 
     def evaluate(self, metric: Metric, choices: Choices) -> Array:
@@ -92,6 +96,8 @@ class CostModel:
         rows = np.asarray(choices, dtype=np.int64)
         if metric == "memory" and self.memory is not None:
             return self.memory.evaluate(rows, self._tensors.total(self._map.at(rows)))
+        if metric == "latency" and self.latency is not None:
+            return self.latency.evaluate(rows, self._map.moot(rows))
         return self._summed(metric, rows) + (self._seam_costs(rows) if metric == "latency" else 0.0)
 
     def _summed(self, metric: Metric, choices: Choices) -> Array:
@@ -121,7 +127,7 @@ class CostModel:
         What is inside a block that `incumbent` drops changes nothing; a block's drop saves what its inside costs now.
         """
         raw = as_array(incumbent)
-        if metric == "memory":
+        if self._is_of_wholes(metric):
             return self._neighbours_of(metric, incumbent, range(len(incumbent)))
         costs, flat = self._list(metric, raw), self._neighbours
         normal = self._map.normal(raw)
@@ -152,6 +158,8 @@ class CostModel:
 
         A narrow ragged width can take longer than a wider aligned one, so latency descends from there, unit by unit.
         """
+        if metric == "latency" and self.latency is not None:
+            return self.latency.cheapest()
         choice = self.space.normal(tuple(size - 1 for size in self.space.sizes))
         self.evaluate(metric, as_array(choice))
         by_width = metric in ("macs", "params") or (metric == "size" and not len(self._stored.unit))
@@ -177,6 +185,8 @@ class CostModel:
 
     def is_additive(self, metric: Metric) -> bool:
         """Whether one linearisation is exact everywhere: no two units share a layer, but for a block and its inside."""
+        if metric == "latency" and self.latency is not None:
+            return True
         if metric == "memory" or (metric == "latency" and self._seams.places):
             return False
         prices = self._list(metric, as_array(self.space.dense)).terms.values()
@@ -202,8 +212,12 @@ class CostModel:
         neighbours = np.repeat(as_array(incumbent), 1 + sum(sizes), axis=0)  # the first stays the incumbent
         columns = np.repeat(np.asarray(units), sizes)
         neighbours[np.arange(1, len(neighbours)), columns] = np.concatenate([np.arange(size) for size in sizes])
-        costs = self.evaluate(metric, neighbours) if metric == "memory" else self._summed(metric, neighbours)
+        costs = self.evaluate(metric, neighbours) if self._is_of_wholes(metric) else self._summed(metric, neighbours)
         return list(np.split(costs[1:] - costs[0], np.cumsum(sizes)[:-1]))
+
+    def _is_of_wholes(self, metric: Metric) -> bool:
+        """Whether a metric is no sum over layers."""
+        return metric == "memory" or (metric == "latency" and self.latency is not None)
 
     def _list(self, metric: Metric, choices: Choices) -> LayerCosts:
         """The prices at `choices` (P, U); the same for all but of bytes."""
