@@ -113,7 +113,8 @@ def prepare(
     files = _file_format(subject, bank.norms, progress)
     storage = stages.timed("storage", lambda: storage_of(stitcher, space, architecture, files))
     latency = None if costs.latency is None else costs.latency.on(space)
-    costs = CostModel(architecture, space, table, storage=storage, memory=costs.memory, latency=latency)
+    memory = None if costs.memory is None else costs.memory.on(space, architecture)
+    costs = CostModel(architecture, space, table, storage=storage, memory=memory, latency=latency)
     priors = stages.timed(
         "priors", lambda: _priors(subject, space, stitcher, selection, run=run, key=key, progress=progress)
     )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from autoprune.bank.stitch import shape_only
 from autoprune.core.cost import TableCheck
 from autoprune.core.memory_table import MemoryTable
-from autoprune.core.space import Choice, Space
+from autoprune.core.space import Choice, Space, UnitOptions
 from autoprune.core.target import Target
 from autoprune.errors import ModelError, TargetError
 from autoprune.model.buffers import Buffers
@@ -268,3 +268,15 @@ def remembered() -> CostModel:
     architecture = subject.architecture
     live = live_map_of(subject.space, subject.bench)
     return CostModel(architecture, subject.space, memory=MemoryModel(live, table, subject.space, architecture))
+
+
+def test_a_space_with_fewer_options_costs_the_same(remembered: CostModel) -> None:
+    """Every second option is left out: what is left is counted otherwise, and costs what it did."""
+    whole, memory = remembered.space, remembered.memory
+    assert memory is not None
+    fewer = Space(tuple(UnitOptions(entry.unit, entry.options[::2]) for entry in whole.entries))
+    less = CostModel(remembered.architecture, fewer, memory=memory.on(fewer, remembered.architecture))
+    choice = tuple(size - 1 for size in fewer.sizes)
+    same = whole.choice_of(fewer.options_of(choice))
+    assert less.cost("memory", choice) == remembered.cost("memory", same)
+    assert same != choice

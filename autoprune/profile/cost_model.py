@@ -48,6 +48,10 @@ class PeakMemory(Protocol):
         """Bytes (P,) of choices (P, U), whose weights take `weight_bytes` (P,) as floats."""
         ...
 
+    def on(self, space: Space, architecture: Architecture) -> PeakMemory:
+        """The same for a space with fewer options."""
+        ...
+
 
 @final
 class CostModel:

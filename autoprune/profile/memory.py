@@ -48,6 +48,10 @@ class MemoryModel:
         self._live_map = live_map
         self._widths = WidthMap.of(architecture, space)
 
+    def on(self, space: Space, architecture: Architecture) -> MemoryModel:
+        """The same for a space with fewer options, whose choices count them otherwise."""
+        return MemoryModel(self._live_map, self.table, space, architecture)
+
     def evaluate(self, choices: Choices, weight_bytes: Array) -> Array:
         """Bytes (P,) of choices (P, U); `weight_bytes` (P,) is what their weights take in memory: the metric `size`
         where nothing is packed.
