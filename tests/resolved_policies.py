@@ -96,6 +96,23 @@ def decoder(place: int, unit: Unit) -> Option | None:
     return None
 
 
+def stored(place: int, unit: Unit) -> Option | None:
+    """Integers of every width, alone and beside zeros."""
+    if unit.kind != "weights" or unit.name.startswith("lm_head"):
+        return None
+    half = unit.width - round(0.5 * unit.width)
+    ways = (
+        Option("dense", unit.width, bits=8),
+        Option("wanda", half, pattern="2:4", bits=4),
+        Option("sparsegpt", half, pattern="50%", bits=8),
+        Option("dense", unit.width, bits=3),
+        Option("dense", unit.width, bits=6),
+        Option("magnitude", half, pattern="4x1 50%"),
+        Option("dense", unit.width, bits=5),
+    )
+    return ways[place % len(ways)]
+
+
 CASES = {
     "plain": CaseSpec("plain", channels),
     "channels": CaseSpec("residual", channels),
@@ -104,6 +121,7 @@ CASES = {
     "mixed": CaseSpec("residual", mixed, refit=True),
     "vit": CaseSpec("vit", channels),
     "llm": CaseSpec("llm", decoder, metric="perplexity"),
+    "llm-bits": CaseSpec("llm", stored, metric="perplexity"),
     "llm-channels": CaseSpec("llm", channels, metric="perplexity"),
 }
 

@@ -37,6 +37,7 @@ CASES = {
     "mixed": "the same; channels, a dropped block, a kernel cut from 5 to 3, zeros, 8 and 4 bits, rank 4",
     "vit": "a vision transformer; heads and features",
     "llm": "a Llama; 50 %, 70 % and 2:4 zeros",
+    "llm-bits": "a Llama; integers of 8 to 3 bits, some beside zeros",
     "llm-channels": "a Llama; grouped heads and features",
 }
 

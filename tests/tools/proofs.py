@@ -36,10 +36,15 @@ class Proof:
 
 
 VISION = ("plain", "channels", "mended", "zeros", "mixed", "vit")
+DECODERS = ("llm", "llm-bits", "llm-channels")
 PROOFS = (
     Proof("torch-pruning", "prove_torch_pruning", "torch-pruning", VISION),
-    Proof("python", "prove_python", None, (*VISION, "llm", "llm-channels")),
-    Proof("onnx", "prove_onnx", None, (*VISION, "llm", "llm-channels")),
+    Proof("python", "prove_python", None, (*VISION, *DECODERS)),
+    Proof("onnx", "prove_onnx", None, (*VISION, *DECODERS)),
+    Proof("llm-compressor", "prove_llm_compressor", "llm-compressor", ("llm", "llm-bits")),
+    Proof("neural-compressor", "prove_neural_compressor", "neural-compressor", (*VISION, "llm")),
+    Proof("nni", "prove_nni3", "nni3", (*VISION, "llm", "llm-channels")),
+    Proof("nni2", "prove_nni2", "nni2", (*VISION, "llm", "llm-channels")),
 )
 
 
