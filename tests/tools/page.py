@@ -44,8 +44,9 @@ CASES = {
 _HEAD = """# Tools that a policy can be exported to
 
 Written by `python tests/tools/page.py --write docs/exports.md` on {where}: every row was run.
-`tests/tool_environments.sh` makes an environment for each tool; there a script (`tests/tools/prove_*.py`) reads the export
-with the tool itself and compares what it makes with our own cut of the same model. An export's own `fidelity.json` says the same of any policy.
+`tests/tool_environments.sh` makes an environment for each tool; there a script (`tests/tools/prove_*.py`) reads the
+export with the tool itself and compares what it makes with our own cut of the same model. An export's own
+`fidelity.json` says the same of any policy.
 
 **exact**: the tool does what the policy says. **approximated**: something near, the reason beside it. **dropped**: the
 format has no place for it. `autoprune export` refuses a lossy export unless `--allow-lossy` is given.
