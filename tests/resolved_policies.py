@@ -113,6 +113,11 @@ def stored(place: int, unit: Unit) -> Option | None:
     return ways[place % len(ways)]
 
 
+def even(_place: int, unit: Unit) -> Option | None:
+    """Every feed-forward part alike."""
+    return Option("l2", unit.width * 3 // 4) if unit.kind == "ffn" else None
+
+
 CASES = {
     "plain": CaseSpec("plain", channels),
     "channels": CaseSpec("residual", channels),
@@ -122,6 +127,7 @@ CASES = {
     "vit": CaseSpec("vit", channels),
     "llm": CaseSpec("llm", decoder, metric="perplexity"),
     "llm-bits": CaseSpec("llm", stored, metric="perplexity"),
+    "llm-even": CaseSpec("llm", even, metric="perplexity"),
     "llm-channels": CaseSpec("llm", channels, metric="perplexity"),
 }
 

@@ -38,6 +38,7 @@ CASES = {
     "vit": "a vision transformer; heads and features",
     "llm": "a Llama; 50 %, 70 % and 2:4 zeros",
     "llm-bits": "a Llama; integers of 8 to 3 bits, some beside zeros",
+    "llm-even": "a Llama; the same features in every layer",
     "llm-channels": "a Llama; grouped heads and features",
 }
 

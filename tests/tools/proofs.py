@@ -36,7 +36,7 @@ class Proof:
 
 
 VISION = ("plain", "channels", "mended", "zeros", "mixed", "vit")
-DECODERS = ("llm", "llm-bits", "llm-channels")
+DECODERS = ("llm", "llm-bits", "llm-even", "llm-channels")
 PROOFS = (
     Proof("torch-pruning", "prove_torch_pruning", "torch-pruning", VISION),
     Proof("python", "prove_python", None, (*VISION, *DECODERS)),
@@ -45,6 +45,14 @@ PROOFS = (
     Proof("neural-compressor", "prove_neural_compressor", "neural-compressor", (*VISION, "llm")),
     Proof("nni", "prove_nni3", "nni3", (*VISION, "llm", "llm-channels")),
     Proof("nni2", "prove_nni2", "nni2", (*VISION, "llm", "llm-channels")),
+    Proof(
+        "modelopt",
+        "prove_modelopt",
+        "modelopt",
+        ("plain", "channels", "mended", "mixed", "vit", "llm-even", "llm-channels"),
+    ),
+    Proof("nncf", "prove_nncf", "nncf", (*VISION, "llm", "llm-channels")),
+    Proof("aimet", "prove_aimet", "aimet", ("plain", "channels", "mended", "mixed")),
 )
 
 

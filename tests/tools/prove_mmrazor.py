@@ -1,6 +1,7 @@
 """MMRazor builds the static subnet of the dense model: every tensor of a narrowed unit has our cut model's shape."""
 
 import abc
+import importlib
 import json
 import sys
 import types
@@ -32,8 +33,8 @@ placeholder = types.ModuleType("mmrazor.utils.placeholder")
 placeholder.__dict__.update(get_placeholder=absent, get_package_placeholder=lambda _name: MagicMock())
 sys.modules[placeholder.__name__] = placeholder  # its own fails on what is looked up and not used
 
-from mmengine.model import BaseModel
-from mmrazor.implementations.pruning.group_fisher.prune_deploy_sub_model import GroupFisherDeploySubModel
+BaseModel = importlib.import_module("mmengine.model").BaseModel
+deploy = importlib.import_module("mmrazor.implementations.pruning.group_fisher.prune_deploy_sub_model")
 
 case, export = Case(sys.argv[1]), Path(sys.argv[2])
 
@@ -56,7 +57,7 @@ class Architecture(BaseModel):
 said = json.loads((export / "fix_subnet.json").read_text(encoding="utf-8"))
 tracer = {"_scope_": "mmrazor", "type": "ChannelAnalyzer", "demo_input": (1, *case.inputs.shape[1:]),
           "tracer_type": "FxTracer"}  # fmt: skip
-subnet = GroupFisherDeploySubModel(
+subnet = deploy.GroupFisherDeploySubModel(
     Architecture(case.dense()), fix_subnet=str(export / "fix_subnet.json"), divisor=1, parse_cfg=tracer
 )
 with torch.no_grad():
