@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from autoprune.subject import Subject, Task, subject_of
 from autoprune.transfer import transfer
 
 NETWORKS = Path(__file__).parent / "tools" / "networks"
+os.environ.setdefault("AUTOPRUNE_DATA", str(Path(__file__).parents[2] / "shared" / "data"))
 
 Choose = Callable[[int, Unit], Option | None]
 """What is done to a unit, given its place among those of its kind; None: it stays."""
@@ -58,6 +60,10 @@ def mended(place: int, unit: Unit) -> Option | None:
     if unit.kind == "block":
         return DROP if unit.name.endswith("layer2.1") else None
     return narrowed(place, unit, method="obs", mended=True) if unit.narrows else None
+
+
+def halved(_place: int, unit: Unit) -> Option | None:
+    return Option("obs", unit.width // 2, "least_squares") if unit.narrows else None
 
 
 PATTERNS = ("50%", "2:4", "4x1 50%", "70%")
@@ -121,6 +127,7 @@ def even(_place: int, unit: Unit) -> Option | None:
 CASES = {
     "plain": CaseSpec("plain", channels),
     "channels": CaseSpec("residual", channels),
+    "resnet20": CaseSpec("resnet20", halved, refit=True),
     "mended": CaseSpec("residual", mended, refit=True),
     "zeros": CaseSpec("residual", sparse),
     "mixed": CaseSpec("residual", mixed, refit=True),
@@ -130,6 +137,11 @@ CASES = {
     "llm-even": CaseSpec("llm", even, metric="perplexity"),
     "llm-channels": CaseSpec("llm", channels, metric="perplexity"),
 }
+
+
+def is_there(name: str) -> bool:
+    """Whether the model of a case is on this machine; trained ones need the folder of real models."""
+    return CASES[name].network != "resnet20" or (Path(os.environ["AUTOPRUNE_DATA"]) / "zoo.py").exists()
 
 
 def network_of(name: str) -> ModuleType:

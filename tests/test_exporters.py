@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from resolved_policies import CASES, resolved_case, written_case
+from resolved_policies import resolved_case, written_case
 from typer.testing import CliRunner
 
 from autoprune import cli
@@ -108,7 +108,7 @@ def test_lines_name_aspect_units_and_reason() -> None:
             Grade(*wrong)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["plain", "mended", "zeros", "mixed", "llm-channels"])
 def test_masks_count_what_the_cut_model_has(case: str) -> None:
     """As many weights count in the dense shape as the cut layer has, or has that are not zero."""
     laid = resolved_case(case)

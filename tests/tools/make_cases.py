@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from resolved_policies import CASES, NETWORKS, network_of, resolved_case, subject_for, written_case
+from resolved_policies import CASES, NETWORKS, is_there, network_of, resolved_case, subject_for, written_case
 
 from autoprune.nest import first_tensor
 
@@ -45,6 +45,6 @@ def make(name: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    for case in sys.argv[2:] or CASES:
+    for case in sys.argv[2:] or filter(is_there, CASES):
         make(case, Path(sys.argv[1]) / case)
         print(case)

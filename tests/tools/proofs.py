@@ -38,9 +38,9 @@ class Proof:
 VISION = ("plain", "channels", "mended", "zeros", "mixed", "vit")
 DECODERS = ("llm", "llm-bits", "llm-even", "llm-channels")
 PROOFS = (
-    Proof("torch-pruning", "prove_torch_pruning", "torch-pruning", VISION),
-    Proof("python", "prove_python", None, (*VISION, *DECODERS)),
-    Proof("onnx", "prove_onnx", None, (*VISION, *DECODERS)),
+    Proof("torch-pruning", "prove_torch_pruning", "torch-pruning", (*VISION, "resnet20")),
+    Proof("python", "prove_python", None, (*VISION, "resnet20", *DECODERS)),
+    Proof("onnx", "prove_onnx", None, (*VISION, "resnet20", *DECODERS)),
     Proof("llm-compressor", "prove_llm_compressor", "llm-compressor", ("llm", "llm-bits")),
     Proof("neural-compressor", "prove_neural_compressor", "neural-compressor", (*VISION, "llm")),
     Proof("nni", "prove_nni3", "nni3", (*VISION, "llm", "llm-channels")),
@@ -49,7 +49,7 @@ PROOFS = (
         "modelopt",
         "prove_modelopt",
         "modelopt",
-        ("plain", "channels", "mended", "mixed", "vit", "llm-even", "llm-channels"),
+        ("plain", "channels", "mended", "mixed", "vit", "resnet20", "llm-even", "llm-channels"),
     ),
     Proof("nncf", "prove_nncf", "nncf", (*VISION, "llm", "llm-channels")),
     Proof("aimet", "prove_aimet", "aimet", ("plain", "channels", "mended", "mixed")),

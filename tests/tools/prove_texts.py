@@ -66,8 +66,7 @@ def amct() -> str:
     for name, ratio in said.ratios.items():
         assert name not in rows or round(ratio * len(layers[name])) == rows[name], name
     for name in said.halved:
-        mask = layers[name].movedim(1, 0)
-        mask = mask[mask.flatten(1).any(1)].movedim(0, 1)  # of the inputs that stay
+        mask = case.cut[f"{name}.weight"] != 0  # of the inputs that stay
         groups = mask.movedim(1, -1)[..., : mask.shape[1] // 4 * 4].reshape(-1, 4)
         assert int(groups.sum(1).max()) <= 2, name
     return f"{len(said.ratios)} layers, how many of their outputs go; {len(said.halved)} of 2:4"
