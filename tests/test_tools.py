@@ -43,7 +43,7 @@ def test_the_tool_does_what_the_export_says(proof: Proof, case: str, cases: Path
         pytest.skip("the folder of real models is not there (AUTOPRUNE_DATA)")
     if not (cases / case).exists():
         make(case, cases / case)
-    export = cases / case / "exports" / proof.script
+    export = cases / case / "exports" / f"{proof.exporter}-{proof.script}"
     write_export(resolved_case(case), exporter(proof.exporter), export, allow_lossy=True)
     proven = prove(proof, cases / case, export)
     assert proven.versions

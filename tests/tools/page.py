@@ -79,7 +79,7 @@ def rows_of(names: Sequence[str]) -> list[dict[str, Any]]:
 def _row(proof: Proof, case: str, scratch: Path) -> dict[str, Any]:
     if not (scratch / case).exists():
         make(case, scratch / case)
-    export = scratch / case / "exports" / proof.script
+    export = scratch / case / "exports" / f"{proof.exporter}-{proof.script}"
     write_export(resolved_case(case), exporter(proof.exporter), export, allow_lossy=True)
     proven = prove(proof, scratch / case, export)
     print(f"{proof.exporter} {case}: {dict(proven.agreement)}", file=sys.stderr)

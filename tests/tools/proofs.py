@@ -45,6 +45,8 @@ PROOFS = (
     Proof("neural-compressor", "prove_neural_compressor", "neural-compressor", (*VISION, "llm")),
     Proof("nni", "prove_nni3", "nni3", (*VISION, "llm", "llm-channels")),
     Proof("nni2", "prove_nni2", "nni2", (*VISION, "llm", "llm-channels")),
+    Proof("torch.nn.utils.prune", "prove_torch_prune", "torch-pruning", (*VISION, "llm", "llm-channels")),
+    Proof("torch.ao.pruning", "prove_torch_ao", "torch-pruning", (*VISION, "llm", "llm-channels")),
     Proof(
         "modelopt",
         "prove_modelopt",
@@ -53,6 +55,13 @@ PROOFS = (
     ),
     Proof("nncf", "prove_nncf", "nncf", (*VISION, "llm", "llm-channels")),
     Proof("aimet", "prove_aimet", "aimet", ("plain", "channels", "mended", "mixed")),
+    Proof("tfmot", "prove_tfmot", "tfmot", ("zeros", "mixed", "llm")),
+    Proof("mmrazor", "prove_mmrazor", "mmrazor", ("plain", "channels", "mended", "mixed", "vit")),
+    Proof("mmrazor", "prove_texts", None, ("plain", "channels", "mended", "mixed", "vit")),
+    Proof("spdy", "prove_texts", None, VISION),
+    Proof("evopress", "prove_texts", None, ("zeros", "vit", "llm", "llm-channels")),
+    Proof("distiller", "prove_texts", None, ("plain", "channels", "mended", "zeros", "mixed")),
+    Proof("amct", "prove_texts", None, VISION),
 )
 
 

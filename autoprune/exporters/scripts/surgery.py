@@ -73,7 +73,8 @@ def fit(layer: Any, name: str, state: dict[str, Tensor], made: dict[Tensor, tupl
         if kept is not None and tensor.shape != kept.shape:
             setattr(layer, key, torch.empty_like(kept))
     if isinstance(layer, nn.RNNBase):
-        layer.input_size, layer.hidden_size = layer.weight_ih_l0.shape[1], layer.weight_hh_l0.shape[1]
+        read, own = layer.get_parameter("weight_ih_l0"), layer.get_parameter("weight_hh_l0")
+        layer.input_size, layer.hidden_size = read.shape[1], own.shape[1]
 
 
 def set_widths(layer: Any, weight: Tensor) -> None:
