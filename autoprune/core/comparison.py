@@ -40,11 +40,11 @@ def difference(before: Policy, after: Policy) -> PolicyDifference:
     names = dict.fromkeys((*before.units, *after.units))
     pairs = [(name, before.units.get(name), after.units.get(name)) for name in names]
     differing = tuple(UnitDifference(unit=n, before=b, after=a) for n, b, a in pairs if b != a)
-    one, other = before.evidence, after.evidence
+    measured = [policy.evidence.pruned if policy.evidence is not None else None for policy in (before, after)]
+    metrics = [policy.evidence.metric for policy in (before, after) if policy.evidence is not None]
     return PolicyDifference(
-        units=differing, same=len(pairs) - len(differing), before=one.pruned if one else None,
-        after=other.pruned if other else None, metric=(one or other).metric if one or other else "",
-        notes=tuple(_notes(before, after)),
+        units=differing, same=len(pairs) - len(differing), before=measured[0], after=measured[1],
+        metric=next(iter(metrics), ""), notes=tuple(_notes(before, after)),
     )  # fmt: skip
 
 
