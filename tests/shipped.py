@@ -11,7 +11,9 @@ from test_weights import logits
 from torch import Tensor, nn
 
 from autoprune import api
+from autoprune.apply import apply
 from autoprune.progress import Silent
+from autoprune.ship import write_model
 from autoprune.subject import Subject, Task, subject_of
 
 
@@ -22,9 +24,9 @@ def shipped(
     the outcome's own model does on `inputs`. `factory` is in a test's own file.
     """
     subject = subject_of(task, Silent())
-    applied = api.apply(outcome.folder / "policy.yaml", subject)
+    applied = apply(outcome.folder / "policy.yaml", subject)
     torch.testing.assert_close(logits(applied.model, inputs), logits(outcome.model, inputs), rtol=0, atol=1e-5)
-    written = api.write_model(
+    written = write_model(
         applied, example=subject.example, factory=factory, source=Path(__file__).parent, folder=folder,
         progress=Silent(),
     )  # fmt: skip

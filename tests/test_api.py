@@ -20,7 +20,7 @@ import torch
 from networks import IMAGE, Residual, Vgg, assert_untouched, data_of, randomised, snapshot
 from torch import Tensor, nn
 
-from autoprune import api
+from autoprune import api, policies
 from autoprune.config import Config, load_config, load_run
 from autoprune.core.budget import Metric, parse_budgets
 from autoprune.core.target import Target
@@ -393,7 +393,7 @@ class Run:
     outcome: Any
 
     def apply(self, output: Path) -> dict[str, Path]:
-        return api.apply_policy(self.policy, self.config, folder=self.folder, output=output, progress=Silent())
+        return policies.apply_policy(self.policy, self.config, folder=self.folder, output=output, progress=Silent())
 
 
 @pytest.fixture(scope="module")
@@ -430,7 +430,7 @@ def test_apply_gives_the_verified_model_again(tmp_path: Path, monkeypatch: pytes
         user, calibration=calibration, validation=validation, budget="50%macs", plan=PLAN,
         target=Target(runtime="torch"), run=folder / "mine",
     )  # fmt: skip
-    written_files = api.apply_policy(
+    written_files = policies.apply_policy(
         outcome.folder / "policy.yaml", config, folder=folder, output=tmp_path / "out", progress=Silent()
     )
     with torch.no_grad():
@@ -456,7 +456,9 @@ def test_the_rebuild_script_needs_no_autoprune(
     monkeypatch.chdir(folder)
     api.search_config(config_of(folder), folder=folder, progress=Silent())
     policy = next((folder / "out").rglob("policy.yaml"))
-    files = api.apply_policy(policy, config_of(folder), folder=folder, output=tmp_path / "pruned", progress=Silent())
+    files = policies.apply_policy(
+        policy, config_of(folder), folder=folder, output=tmp_path / "pruned", progress=Silent()
+    )
     shutil.copy(folder / "net.py", tmp_path / "pruned" / "net.py")
     torch.save(inputs(), tmp_path / "x.pt")
     code = (
@@ -481,7 +483,7 @@ def test_the_rebuild_script_needs_no_autoprune(
 
 def test_verify_judges_by_the_policys_own_budget(run: Run) -> None:
     bare = run.config.model_copy(update={"budget": None})
-    record = api.verify_policy(run.policy, bare, folder=run.folder, progress=Silent())
+    record = policies.verify_policy(run.policy, bare, folder=run.folder, progress=Silent())
     assert record.met
     assert record.pruned.macs == run.outcome.chosen.macs
     assert record.pruned.score == run.outcome.chosen.score
@@ -490,7 +492,7 @@ def test_verify_judges_by_the_policys_own_budget(run: Run) -> None:
 
 def test_verify_says_when_a_tighter_budget_is_missed(run: Run) -> None:
     tighter = run.config.model_copy(update={"budget": ("5%macs",)})
-    record = api.verify_policy(run.policy, tighter, folder=run.folder, progress=Silent())
+    record = policies.verify_policy(run.policy, tighter, folder=run.folder, progress=Silent())
     assert not record.met
     assert "misses" in record.verdict
     assert MissedError.exit_code == 4

@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoprune import api
+from autoprune.apply import apply
 from autoprune.bank.stitch import Stitcher
 from autoprune.core.space import Space, UnitOptions
 from autoprune.core.unit import DROP, Option, Unit
@@ -41,6 +42,7 @@ from autoprune.recover.refit import Reference, refit
 from autoprune.runtimes.onnxruntime import export
 from autoprune.searching.fit import _change
 from autoprune.searching.problem import structure_of
+from autoprune.ship import write_model
 from autoprune.spaces import load_space
 from autoprune.subject import Task, subject_of
 
@@ -575,8 +577,8 @@ def test_search_apply_and_rebuild_without_branches(tmp_path: Path, monkeypatch: 
     task = Task(model, "net", api.as_data(*parts), api.evaluator("perplexity"), api.Target("torch"),
                 load_space("blocks", tmp_path))  # fmt: skip
     subject = subject_of(task, Silent())
-    applied = api.apply(outcome.folder / "policy.yaml", subject)
-    written = api.write_model(
+    applied = apply(outcome.folder / "policy.yaml", subject)
+    written = write_model(
         applied, example=subject.example, factory="net.py:make", source=tmp_path, folder=tmp_path / "out",
         progress=Silent(),
     )  # fmt: skip

@@ -60,7 +60,8 @@ class Api:
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Api:
     fake = Api()
-    monkeypatch.setitem(sys.modules, "autoprune.api", fake)  # type: ignore[arg-type]
+    for module in ("autoprune.api", "autoprune.policies"):
+        monkeypatch.setitem(sys.modules, module, fake)  # type: ignore[arg-type]
     monkeypatch.chdir(tmp_path)
     return fake
 

@@ -73,6 +73,8 @@ LEVELS: dict[str, int] = {
     "exporting": 7,
     "origin": 6,
     "ship": 7,
+    "asked": 8,
+    "policies": 8,
     "api": 8,
     "display": 8,
     "flags": 8,
@@ -172,7 +174,14 @@ def test_core_is_standard_library_and_pydantic() -> None:
 def test_configuration_is_for_the_top_and_for_loading() -> None:
     users = {module_of(path) for path in files() if "autoprune.config" in set(own(path))}
     commands = {f"autoprune.commands.{name}" for name in ("app", "policies", "searching")}
-    assert users <= {"autoprune.api", "autoprune.loading", "autoprune.init", *commands}
+    assert users <= {
+        "autoprune.api",
+        "autoprune.asked",
+        "autoprune.policies",
+        "autoprune.loading",
+        "autoprune.init",
+        *commands,
+    }
 
 
 def test_sources_run_without_the_rest() -> None:

@@ -17,6 +17,7 @@ from test_weights import bench_of, logits
 from torch import Tensor, nn
 
 from autoprune import api
+from autoprune.apply import apply
 from autoprune.bank.ranges import observe_arithmetic
 from autoprune.bank.stitch import deployable, shape_only
 from autoprune.core.policy import UnitDecision
@@ -192,7 +193,7 @@ def test_search_yaml_apply_and_back(tmp_path: Path) -> None:
     task = Task(model, "Residual", api.as_data(calibration, validation), api.evaluator("top1"), Target(batch=16),
                 load_space(str(space), tmp_path))  # fmt: skip
     subject = subject_of(task, Silent())
-    applied = api.apply(outcome.folder / "policy.yaml", subject)
+    applied = apply(outcome.folder / "policy.yaml", subject)
     inputs = torch.randn(16, *IMAGE)
     torch.testing.assert_close(logits(applied.model, inputs), logits(outcome.model, inputs), rtol=0, atol=1e-4)
     written = residual_files(applied, subject, tmp_path / "out")
@@ -218,7 +219,7 @@ def test_search_yaml_apply_and_back(tmp_path: Path) -> None:
         changed = {key: tensor for key, tensor in tensors.items() if key != name}
         safetensors.torch.save_file(changed | ({} if wrong is None else {name: wrong}), side)
         with pytest.raises(PolicyError, match="no grids for it"):
-            api.apply(outcome.folder / "policy.yaml", subject)
+            apply(outcome.folder / "policy.yaml", subject)
 
 
 @pytest.mark.parametrize(

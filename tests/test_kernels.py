@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoprune import api
+from autoprune.apply import apply
 from autoprune.bank.mend import solve
 from autoprune.bank.stitch import shape_only
 from autoprune.core.cost import LatencyTable, TableCheck
@@ -373,4 +374,4 @@ def test_search_yaml_apply_rebuild_and_back(tmp_path: Path) -> None:
     start = text.index(name)
     policy.write_text(text[:start] + text[start:].replace("keep: 3", "keep: 1", 1))
     with pytest.raises(PolicyError, match=f"units.{name}: a kernel of 1 is not possible here"):
-        api.apply(policy, subject)
+        apply(policy, subject)

@@ -15,6 +15,7 @@ from test_weights import bench_of, logits
 from torch import Tensor, nn
 
 from autoprune import api
+from autoprune.apply import apply
 from autoprune.bank.stitch import shape_only
 from autoprune.core.target import Target
 from autoprune.core.unit import DROP, Option
@@ -203,7 +204,7 @@ def test_search_yaml_apply_rebuild_and_back(tmp_path: Path) -> None:
     task = Task(model, "Residual", api.as_data(calibration, validation), api.evaluator("top1"), Target("torch"),
                 load_space(str(space), tmp_path))  # fmt: skip
     subject = subject_of(task, Silent())
-    applied = api.apply(outcome.folder / "policy.yaml", subject)
+    applied = apply(outcome.folder / "policy.yaml", subject)
     inputs = torch.randn(8, *IMAGE)
     torch.testing.assert_close(logits(applied.model, inputs), logits(outcome.model, inputs), rtol=0, atol=1e-5)
     written = residual_files(applied, subject, tmp_path / "out")

@@ -14,7 +14,7 @@ from resolved_policies import resolved_case, subject_for, written_case
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from autoprune import api, cli
+from autoprune import cli, policies
 from autoprune.core.comparison import difference, merged
 from autoprune.core.policy import Policy, UnitDecision
 from autoprune.errors import PolicyError
@@ -171,7 +171,7 @@ def test_merged_policies_keep_their_channels_through_a_transfer(tmp_path: Path) 
     (tmp_path / "policy.safetensors").write_bytes(side.read_bytes())
     for path, units in zip((tmp_path / "first.yaml", other), halves, strict=True):
         write_policy(path, whole.model_copy(update={"units": units}))
-    api.merge_policies([tmp_path / "first.yaml", other], tmp_path / "merged.yaml")
+    policies.merge_policies([tmp_path / "first.yaml", other], tmp_path / "merged.yaml")
     joined = read_policy(tmp_path / "merged.yaml")
     assert joined.units == whole.units
     assert joined.weights == "merged.kept.safetensors"

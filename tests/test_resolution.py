@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoprune import api
+from autoprune.apply import apply
 from autoprune.bank.stitch import shape_only
 from autoprune.core.cost import LatencyTable, TableCheck
 from autoprune.core.space import Choice
@@ -275,4 +276,4 @@ def test_search_yaml_apply_rebuild_and_back(tmp_path: Path) -> None:
     start = text.index("  input:")
     policy.write_text(text[:start] + re.sub(r"keep: \d+", "keep: 1", text[start:], count=1))
     with pytest.raises(PolicyError, match=r"units\.input"):
-        api.apply(policy, subject)
+        apply(policy, subject)

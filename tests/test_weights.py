@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from networks import IMAGE, Residual, data_of, randomised, residual_files, workbench_of
 from torch import Tensor, nn
 
-from autoprune import api
+from autoprune import api, policies
+from autoprune.apply import apply
 from autoprune.bank.sparse import Reading, edited
 from autoprune.core.pattern import parse_pattern
 from autoprune.core.policy import UnitDecision
@@ -240,7 +241,7 @@ def test_search_yaml_apply_pack_and_back(tmp_path: Path) -> None:
     task = Task(model, "Residual", api.as_data(calibration, validation), api.evaluator("top1"), Target("torch"),
                 spec(tmp_path), size="packed")  # fmt: skip
     subject = subject_of(task, Silent())
-    applied = api.apply(outcome.folder / "policy.yaml", subject)
+    applied = apply(outcome.folder / "policy.yaml", subject)
     torch.testing.assert_close(logits(applied.model, inputs), logits(outcome.model, inputs), rtol=0, atol=1e-4)
     written = residual_files(applied, subject, tmp_path / "out")
     session = onnxruntime.InferenceSession(written["onnx"], providers=["CPUExecutionProvider"])
@@ -252,7 +253,7 @@ def test_search_yaml_apply_pack_and_back(tmp_path: Path) -> None:
     tensors = unpack(packed).tensors
     assert set(tensors) == set(state)
     assert all(torch.equal(tensors[name], state[name]) for name in state)
-    record = api.unpack_file(written["packed"], tmp_path / "again.safetensors")
+    record = policies.unpack_file(written["packed"], tmp_path / "again.safetensors")
     again = safetensors.torch.load_file(tmp_path / "again.safetensors")
     assert all(torch.equal(again[name], state[name]) for name in state)
     assert record.size_bytes == len(packed)
@@ -299,7 +300,7 @@ def test_side_file_with_other_integers_is_refused(tmp_path: Path) -> None:
     task = Task(model, "Residual", api.as_data(calibration, validation), api.evaluator("top1"), Target("torch"),
                 load_space(str(tmp_path / "space.yaml"), tmp_path))  # fmt: skip
     with pytest.raises(PolicyError, match="not the integers times scales"):
-        api.apply(outcome.folder / "policy.yaml", subject_of(task, Silent()))
+        apply(outcome.folder / "policy.yaml", subject_of(task, Silent()))
 
 
 def test_layers_without_a_norm_are_edited_where_their_outputs_are_cut(tmp_path: Path) -> None:

@@ -60,8 +60,13 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def api() -> ModuleType:
-    """The one door to torch and everything heavy."""
+    """The door to searches, and to torch and everything heavy."""
     return importlib.import_module("autoprune.api")
+
+
+def policies() -> ModuleType:
+    """The door to what is done with policies."""
+    return importlib.import_module("autoprune.policies")
 
 
 def configured(given: Given, *, goal: bool, data: bool = True) -> tuple[Config, Path, str]:

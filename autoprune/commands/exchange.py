@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from autoprune.commands.app import PolicyFile, api, command, configured, json_of
+from autoprune.commands.app import PolicyFile, command, configured, json_of, policies
 from autoprune.core.comparison import difference
 from autoprune.core.exchange import ExportRecord, ImportRecord
 from autoprune.core.policy import Policy
@@ -37,7 +37,7 @@ def export(
     where = output or Path("exported") / to.replace(":", "-")
     with make_display(mode) as display:
         display.note(notice)
-        record: ExportRecord = api().export_policy(
+        record: ExportRecord = policies().export_policy(
             policy, config, folder=folder, tool=to, output=where, allow_lossy=allow_lossy, progress=display
         )
     display.show(text.export_view(record))
@@ -64,10 +64,10 @@ def import_(
 ) -> None:
     """Make a policy of what another tool wrote; what cannot be mapped is listed, not guessed."""
     config, folder, notice = configured(given, goal=False, data=False)
-    asked = api().Import(tool, method, ratio_is)
+    asked = policies().Import(tool, method, ratio_is)
     with make_display(mode) as display:
         display.note(notice)
-        record: ImportRecord = api().import_policy(
+        record: ImportRecord = policies().import_policy(
             file, config, folder=folder, asked=asked, output=output, progress=display
         )
     display.show(text.import_view(record))
@@ -90,13 +90,15 @@ def diff(
 
 @command
 def merge(
-    policies: Annotated[list[Path], typer.Argument(help="Policy files of one model.", show_default=False)],
+    files: Annotated[
+        list[Path], typer.Argument(help="Policy files of one model.", metavar="POLICY...", show_default=False)
+    ],
     *,
     output: Annotated[Path, typer.Option("--output", "-o", help="Policy file to write.")] = Path("merged.yaml"),
     mode: Mode,
 ) -> None:
     """Join policies that decide about different units into one; refused where they conflict."""
-    joined: Policy = api().merge_policies(policies, output)
+    joined: Policy = policies().merge_policies(files, output)
     display = make_display(mode)
     display.show(text.line(f"wrote {output}: {len(joined.units)} units; next: autoprune apply {output} --transfer"))
     display.result({"written": str(output), "units": len(joined.units)})

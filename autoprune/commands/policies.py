@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from autoprune.commands.app import PolicyFile, api, app, command, configured, json_of
+from autoprune.commands.app import PolicyFile, app, command, configured, json_of, policies
 from autoprune.config import json_schema
 from autoprune.core.outcome import PackedRecord
 from autoprune.core.policy import Policy
@@ -47,7 +47,7 @@ def apply(
     with make_display(mode) as display:
         display.note(notice)
         written: dict[str, Path]
-        written = api().apply_policy(policy, config, folder=folder, output=output, anew=transfer, progress=display)
+        written = policies().apply_policy(policy, config, folder=folder, output=output, anew=transfer, progress=display)
     for kind, path in written.items():
         display.show(text.line(f"{kind}: {path}"))
     display.result({"written": {kind: str(path) for kind, path in written.items()}})
@@ -61,7 +61,7 @@ def unpack(
     mode: Mode,
 ) -> None:
     """Write the tensors of a packed model as safetensors, bit for bit, and say what takes how many bytes."""
-    record: PackedRecord = api().unpack_file(file, output)
+    record: PackedRecord = policies().unpack_file(file, output)
     display = make_display(mode)
     display.show(text.packed_view(record))
     display.result({"packed": json_of(record)})

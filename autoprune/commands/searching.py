@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from autoprune.commands.app import PolicyFile, api, command, configured, json_of, short
+from autoprune.commands.app import PolicyFile, api, command, configured, json_of, policies, short
 from autoprune.config import load_run
 from autoprune.core.outcome import OutcomeRecord, UnitsRecord, VerifyRecord
 from autoprune.display import Mode, make_display
@@ -82,7 +82,7 @@ def verify(policy: PolicyFile, *, mode: Mode, given: Given) -> None:
     config = config.model_copy(update={key: None for key in goals if key not in given.overrides})
     with make_display(mode) as display:
         display.note(notice)
-        record: VerifyRecord = api().verify_policy(policy, config, folder=folder, progress=display)
+        record: VerifyRecord = policies().verify_policy(policy, config, folder=folder, progress=display)
     display.show(text.verify_view(record, metric=config.metric))
     display.result({"verify": json_of(record)})
     if not record.met:
