@@ -53,8 +53,9 @@ export with the tool itself and compares what it makes with our own cut of the s
 **exact**: the tool does what the policy says. **approximated**: something near, the reason beside it. **dropped**: the
 format has no place for it. `autoprune export` refuses a lossy export unless `--allow-lossy` is given.
 
-Differences of logits are the largest over 16 samples, relative to our cut's largest logit; of sparsities and shares, the
-largest over layers. Where a part of a policy is dropped (a block that cannot be said), logits differ, and the row shows it.
+Differences of logits are the largest over 16 samples, relative to our cut's largest logit; of sparsities and shares,
+the largest over layers. Where a part of a policy is dropped (a block that cannot be said), logits differ, and the row
+shows it.
 
 The policies:
 
