@@ -45,5 +45,7 @@ def read_unit(name, unit):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("python read_policy.py policy.yaml")
     for unit_name, decision in read_policy(sys.argv[1])["units"].items():
         print(f"{unit_name}: {decision['method']} keeps {decision['keep']} of {decision['of']} ({decision['kind']})")
