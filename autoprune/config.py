@@ -203,8 +203,10 @@ def load_run(run: Path, overrides: Mapping[str, object]) -> tuple[Config, Path]:
     has one for itself, a project was moved), the working folder. Raises RunError for no run.
     """
     path = run / RUN_FILE
-    if not path.is_file():
-        raise RunError(f"{run}: is no autoprune run (it has no {RUN_FILE}); give the folder of an earlier search")
+    if not os.path.isfile(path):  # unlike Path's, False for a text that can be no path
+        raise RunError(
+            f"{run!s:.200}: is no autoprune run (it has no {RUN_FILE}); give the folder of an earlier search"
+        )
     content = read_yaml(path, error=RunError)
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict) or "folder" not in content:
         raise RunError(f"{path}: is damaged; start the search anew")
@@ -213,7 +215,7 @@ def load_run(run: Path, overrides: Mapping[str, object]) -> tuple[Config, Path]:
     except ValidationError as error:
         raise _error(problems_of(error, Config), str(path), set(overrides)) from None
     folder = str(content["folder"])
-    return config, Path(folder) if os.path.isdir(folder) else Path.cwd()  # unlike Path's, False for any text
+    return config, Path(folder) if os.path.isdir(folder) else Path.cwd()
 
 
 def json_schema() -> dict[str, Any]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+_NAME_LENGTH = 300
+"""Characters; nothing is alike what is longer, and comparing it would take long."""
+
 
 class AutopruneError(Exception):
     """Base of all errors that autoprune raises on purpose; `exit_code` is what the command line returns."""
@@ -63,7 +66,7 @@ class HelpedError(AutopruneError):
 def near_miss(name: str, known: Iterable[str]) -> str:
     """A sentence that names the closest of `known`, or all of them when few: `"did you mean 'top1'?"`."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5) if len(name) <= _NAME_LENGTH else []
     if close:
         return f"did you mean {' or '.join(repr(match) for match in close)}?"
     return f"known: {', '.join(names)}" if names else "there is none"

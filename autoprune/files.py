@@ -8,19 +8,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pydantic import ValidationError
 
 from autoprune import yamls
 from autoprune.core.policy import FORMAT, Policy, unknown_keys
 from autoprune.errors import AutopruneError, ConfigError, PolicyError, RunError, listed, near_miss
-from autoprune.problems import given, problems_of
+from autoprune.problems import MOST_TOLD, given, problems_of, shown
 
 SIZE_LIMIT = 10_000_000
 """Bytes; a YAML file beyond this is not one that a person wrote or that autoprune did."""
 
+_NO_FILE = "it is a pipe or a device; give an ordinary file"
 _CAUSES = {
     errno.ENOSPC: "the disk is full; free some space or choose another folder",
     errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
@@ -42,6 +44,20 @@ def cause(error: OSError) -> str:
     if code in _CAUSES:
         return _CAUSES[code]
     return error.strerror or str(error)
+
+
+def open_file(path: Path) -> BinaryIO:
+    """A file's bytes, to be read. Raises OSError as `open` does, and for what is no ordinary file: a pipe to which
+    nobody writes would hold its reader for ever, and a device such as /dev/zero has no end.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, _NO_FILE, str(path))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -68,7 +84,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 def read_yaml(path: Path, *, error: type[AutopruneError] = ConfigError) -> object:
     """The content of a YAML file as dict, list, str, int, float, bool or None.
 
-    Raises `error` for what cannot be read, is over 10 MB, repeats a key, holds an alias or is nested too deep, with
+    Raises `error` for what cannot be read, is over 10 MB, repeats a key, holds an alias, too much or too deep, with
     line and column.
     """
     return yamls.parse(_read_limited(path, error), name=str(path), error=error)
@@ -98,9 +114,12 @@ def read_policy(path: Path) -> Policy:
             "upgrade autoprune if the file is newer"
         )
     unknown = unknown_keys(content)
-    problems = [f"{key}: unknown key; {near_miss(key, Policy.model_fields)}" for key in unknown]
+    problems = [f"{shown(key)}: unknown key; {near_miss(key, Policy.model_fields)}" for key in unknown[:MOST_TOLD]]
+    if len(unknown) > MOST_TOLD:
+        problems.append(f"and {len(unknown) - MOST_TOLD} more unknown keys")
+    passed_over = frozenset(unknown)
     try:
-        policy = Policy.model_validate({key: content[key] for key in content if key not in unknown}, strict=True)
+        policy = Policy.model_validate({key: content[key] for key in content if key not in passed_over}, strict=True)
     except ValidationError as invalid:
         problems += [f"{key}: {text}" for key, text in problems_of(invalid, Policy)]
     if problems:
@@ -131,7 +150,7 @@ def _sync_folder(folder: Path) -> None:
 
 def _read_limited(path: Path, error: type[AutopruneError]) -> str:
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             data = file.read(SIZE_LIMIT + 1)
     except OSError as refused:
         raise error(f"{path}: cannot be read: {cause(refused)}") from refused

@@ -13,7 +13,7 @@ from autoprune.core.exchange import ImportRecord
 from autoprune.core.policy import Policy
 from autoprune.errors import ConfigError, PolicyError, listed
 from autoprune.evidence import model_identity
-from autoprune.files import SIZE_LIMIT, cause, write_bytes, write_policy
+from autoprune.files import SIZE_LIMIT, cause, open_file, write_bytes, write_policy
 from autoprune.importers import importer
 from autoprune.importers.base import Found
 from autoprune.importers.plain import Plain, RatioIs
@@ -85,7 +85,7 @@ def policy_of(found: Found, subject: Subject, *, method: str, title: str) -> tup
 def _content(path: Path) -> bytes:
     """At most one byte more than an importer takes."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return file.read(SIZE_LIMIT + 1)
     except OSError as refused:
         raise PolicyError(f"{path}: cannot be read: {cause(refused)}") from refused

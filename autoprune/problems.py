@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Final, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -11,6 +11,11 @@ from autoprune.errors import near_miss
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
+
+MOST_TOLD: Final = 100
+"""Problems of a file that are told; of more, how many there are: a file may hold a hundred thousand wrong keys."""
+
+_TEXT_LENGTH: Final = 1000
 
 _EXPECTED = {
     "int_type": "a whole number",
@@ -27,20 +32,29 @@ _EXPECTED = {
 
 
 def problems_of(error: ValidationError, model: type[BaseModel]) -> list[tuple[str, str]]:
-    """All problems of `error` as (dotted key, text), in the order of the file."""
-    return [(dotted(item["loc"]), _text(item, model)) for item in error.errors()]
+    """The problems of `error` as (dotted key, text), in the file's order; the last one may count those left out."""
+    found = error.errors(include_url=False)
+    told = [(dotted(item["loc"]), _text(item, model)) for item in found[:MOST_TOLD]]
+    return [*told, ("(top)", f"and {len(found) - len(told)} more problems")] if len(told) < len(found) else told
 
 
 def dotted(location: tuple[int | str, ...]) -> str:
     """`("search", "trials")` as `search.trials`; names that hold dots themselves are quoted."""
-    parts = [repr(part) if isinstance(part, str) and "." in part else str(part) for part in location]
+    parts = [repr(part[:80]) if isinstance(part, str) and "." in part else shown(str(part)) for part in location]
     return ".".join(parts) or "(top)"
 
 
 def given(value: object) -> str:
     """`value` as a user would recognise it, cut to a readable length."""
+    if isinstance(value, str | bytes | list | tuple):
+        value = value[:80]  # as much as is told; the rest need not be written
     text = "nothing" if value is None else "a mapping" if isinstance(value, Mapping) else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def shown(key: str) -> str:
+    """A key as it is told: not too long, and nothing that a terminal would obey."""
+    return key[:80] if key.isprintable() else ascii(key[:80])
 
 
 def _text(item: ErrorDetails, model: type[BaseModel]) -> str:
@@ -50,13 +64,13 @@ def _text(item: ErrorDetails, model: type[BaseModel]) -> str:
     if kind == "missing":
         return "is missing"
     if kind == "value_error":
-        return item["msg"].removeprefix("Value error, ")
+        return item["msg"].removeprefix("Value error, ")[:_TEXT_LENGTH]
     if kind == "literal_error":
         return f"given {given(value)}, allowed: {item['ctx']['expected']}"
     if kind in _EXPECTED:
         return f"given {given(value)}, allowed: {_EXPECTED[kind]}"
     message = item["msg"].removeprefix("Input should be ").removeprefix("Input should ")
-    return f"given {given(value)}, allowed: {message}"
+    return f"given {given(value)}, allowed: {message[:_TEXT_LENGTH]}"
 
 
 def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

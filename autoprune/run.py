@@ -11,7 +11,7 @@ from autoprune.core.cost import LatencyTable, SharesTable
 from autoprune.core.memory_table import MemoryTable
 from autoprune.engines.base import Engine
 from autoprune.errors import TargetError
-from autoprune.files import write_text
+from autoprune.files import open_file, write_text
 from autoprune.model.fingerprint import of_text
 from autoprune.searching.board import Board
 
@@ -85,8 +85,10 @@ class Kept(Generic[Table]):
         if not path.exists():
             return None
         try:
-            table = self.model.model_validate_json(path.read_text(encoding="utf-8"))
-        except ValueError:
+            with open_file(path) as file:
+                table = self.model.model_validate_json(file.read())
+            self.model.model_validate_json(table.model_dump_json())  # NaN and infinities cannot be written and read
+        except (ValueError, OSError):
             note(f"{path} is damaged and is measured anew")
             return None
         return table if table.key == self.key else None

@@ -18,6 +18,7 @@ from autoprune.bank.stitch import Candidate, Stitcher
 from autoprune.core.policy import Policy
 from autoprune.core.unit import Option
 from autoprune.errors import PolicyError
+from autoprune.files import open_file
 from autoprune.storage import Weights
 
 KEPT = "kept/"
@@ -57,7 +58,8 @@ def read_side_file(path: Path, policy: Policy) -> dict[str, Tensor]:
         raise PolicyError(f"{path}: weights: {policy.weights!r} must be a file beside the policy, without folders")
     side = path.parent / policy.weights
     try:
-        content = side.read_bytes()
+        with open_file(side) as file:
+            content = file.read()
     except OSError as error:
         raise PolicyError(f"{side}: cannot be read ({error.strerror}); it belongs beside {path.name}") from None
     except ValueError:  # a null character
@@ -66,5 +68,5 @@ def read_side_file(path: Path, policy: Policy) -> dict[str, Tensor]:
         raise PolicyError(f"{side}: is not the file that {path.name} was written with (its SHA-256 differs)")
     try:
         return dict(load(content))
-    except (SafetensorError, ValueError) as error:
-        raise PolicyError(f"{side}: is damaged: {error}") from None
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:  # types and sizes torch has not
+        raise PolicyError(f"{side}: is damaged: {error!s:.200}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Collection, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -237,7 +238,7 @@ class SpaceSpec(BaseModel):
 def load_space(name: str, folder: Path) -> SpaceSpec:
     """A space by preset name (`cnn-channels`) or path of a YAML file relative to `folder`."""
     path = _preset(name) if not name.endswith((".yaml", ".yml")) else folder / name
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path's, False for a text that can be no path
         raise ConfigError(f"space: {name!r} does not exist at {path}; presets: {', '.join(presets())}")
     content = read_yaml(path)
     try:

@@ -5,6 +5,7 @@ Knows the grammar and how a limit relates to the dense model's cost. Knows nothi
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -41,6 +42,11 @@ _SCALES: dict[str, tuple[Metric, float]] = {
 }
 _PATTERN = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(%|x|[a-zµ]+)\s*([a-z]*)\s*", re.IGNORECASE)
 _HELP = "write e.g. 5ms, 800us, 50% (of dense latency), 2x (speed-up), 300MMACs, 50%macs, 2MB, 60%params or 64MBmemory"
+
+LONGEST = 100
+"""Characters of one limit; on a long row of digits the expression above would take the square of its length."""
+MOST_BUDGETS = 1000
+"""Of one family: five texts of a thousand values each would be 10^15."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +88,12 @@ class Budget:
 
 def parse_limit(text: str) -> Limit:
     """One limit from its text. Raises ConfigError with the grammar when it cannot be read or is not positive."""
-    match = _PATTERN.fullmatch(text)
+    match = _PATTERN.fullmatch(text) if len(text) <= LONGEST else None
     if match is None:
-        raise ConfigError(f"budget: cannot read {text!r}; {_HELP}")
+        raise ConfigError(f"budget: cannot read {text[:LONGEST]!r}; {_HELP}")
     number, unit, suffix = float(match[1]), match[2].lower().replace("µ", "u"), match[3].lower()
-    if number <= 0:
-        raise ConfigError(f"budget: {text!r} must be above zero; {_HELP}")
+    if not 1e-100 < number < 1e100:  # neither it nor its inverse, in any unit, is infinite
+        raise ConfigError(f"budget: {text!r} must be above zero and finite; {_HELP}")
     if unit in ("%", "x"):
         metric = suffix or "latency"
         if metric not in METRICS:
@@ -110,6 +116,8 @@ def parse_budgets(texts: Iterable[str]) -> tuple[Budget, ...]:
     for text, limits in zip(texts, alternatives, strict=True):
         if not limits:
             raise ConfigError(f"budget: {text!r} is empty; {_HELP}")
+    if math.prod(map(len, alternatives)) > MOST_BUDGETS:
+        raise ConfigError(f"budget: more than {MOST_BUDGETS} budgets come of these texts; search for fewer at a time")
     return tuple(Budget(tuple(limits)) for limits in product(*alternatives))
 
 

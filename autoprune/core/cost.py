@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from autoprune.core.unit import Form
+
+Block = Annotated[int, Field(ge=1, le=1 << 20)]
+Count = Annotated[int, Field(ge=0, le=1 << 48)]
+"""A damaged file may hold integers of thousands of digits, which arithmetic would stumble over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,7 @@ class TableCheck(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    models: int
+    models: Count
     median_error: float
     worst_error: float
 
@@ -65,7 +70,7 @@ class TimedModel(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    keeps: tuple[int, ...]
+    keeps: tuple[Count, ...]
     forms: tuple[Form, ...]
     share: float
     """Of the dense model's."""
@@ -81,17 +86,17 @@ class LatencyTable(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    version: int = 1
+    version: Count = 1
     key: str
     """Fingerprint of architecture, target, runtime version and machine: a table of another key is measured anew."""
     dense_s: float
     base: float
-    channel_block: int
+    channel_block: Block
     """Widths cost what the next multiple of this costs: the step of the runtime's blocked kernels, found by fit."""
     signatures: tuple[SignatureCost, ...]
-    fitted_models: int
+    fitted_models: Count
     check: TableCheck
-    integer_block: int = 1
+    integer_block: Block = 1
     """The same step of layers that compute in integers."""
     seam: float = 0.0
     """What each place costs where layers in integers meet layers in floats."""

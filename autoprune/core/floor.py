@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from autoprune.core.budget import parse_fraction
+from autoprune.core.budget import LONGEST, parse_fraction
 from autoprune.errors import ConfigError
 
 SHARES: Final = ("top1", "top5", "miou", "miou_image", "map")
@@ -145,6 +145,7 @@ def parse_worst(value: str | float, metric: str, *, key: str) -> float:
 
 def _parts(value: str | float) -> tuple[float | None, str]:
     """The number and what follows it, in small letters; no number where it cannot be read or is not finite."""
-    match = _NUMBER.fullmatch(str(value))
+    text = str(value)
+    match = _NUMBER.fullmatch(text) if len(text) <= LONGEST else None
     number = float(match[1]) if match else math.inf
     return (number, match[2].lower()) if match and math.isfinite(number) else (None, "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from autoprune.core.cost import TableCheck
+from autoprune.core.cost import Block, Count, TableCheck
 
 
 class MemoryTable(BaseModel):
@@ -12,7 +12,7 @@ class MemoryTable(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    version: int = 1
+    version: Count = 1
     key: str
     """Fingerprint of architecture, target, runtime version and machine: a table of another key is measured anew."""
     dense_bytes: float
@@ -25,9 +25,9 @@ class MemoryTable(BaseModel):
     """Of the fullest step of the live map."""
     loading_base_bytes: float
     loading_per_weight_byte: float
-    channel_block: int
+    channel_block: Block
     """The runtime computes images in blocks of so many channels, as far as memory shows it; 1: it does not."""
-    fitted_models: int
+    fitted_models: Count
     check: TableCheck
     correction: float = 1.0
     """Factor learnt by verification: measured over predicted near the chosen policy."""

@@ -9,6 +9,8 @@ from typing import Literal
 PatternKind = Literal["unstructured", "n:m", "block"]
 _NM = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*")
 _SHARE = re.compile(r"\s*(?:(\d+)\s*x\s*(\d+)\s+)?(\d*\.?\d+)\s*%\s*")
+_LONGEST = 60
+"""Characters; on a long row of digits the expressions above would take the square of its length."""
 HELP = "write 70% (zeros anywhere), 2:4 (2 kept of 4 inputs), or 4x1 50% (half of the blocks of 4 outputs by 1 input)"
 
 
@@ -43,6 +45,8 @@ class Pattern:
 
 def parse_pattern(text: str) -> Pattern:
     """A pattern from its text. Raises ValueError with the grammar when it cannot be read."""
+    if len(text) > _LONGEST:
+        raise ValueError(f"pattern {text[:_LONGEST]!r}... cannot be read; {HELP}")
     found = _NM.fullmatch(text)
     if found is not None:
         keep, of = int(found[1]), int(found[2])

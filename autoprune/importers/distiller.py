@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Final, final
 
 from autoprune.importers.base import Found, Share, Side
-from autoprune.importers.reading import Reading, shown
+from autoprune.importers.reading import Reading
 from autoprune.importers.texts import data_of
-from autoprune.problems import given
+from autoprune.problems import given, shown
 
 FILE = "a schedule: `pruners: {NAME: {class: ..., group_type: Filters, desired_sparsity: 0.42, weights: [...]}}`"
 FINE: Final = "AutomatedGradualPruner"

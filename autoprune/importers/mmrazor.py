@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import final
 
 from autoprune.importers.base import Count, Found
-from autoprune.importers.reading import Reading, shown
+from autoprune.importers.reading import Reading
 from autoprune.importers.texts import data_of
+from autoprune.problems import shown
 
 NAME = "LAYER_(START, END)_WIDTH, such as `backbone.layer1.0.conv1_(0, 64)_64`"
 CHOICE = "a number of channels such as 28, or a share kept such as 0.4375"

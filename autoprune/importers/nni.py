@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Final, final
 
 from autoprune.importers.base import Amount, Found, Share, Side
-from autoprune.importers.reading import Reading, shown
+from autoprune.importers.reading import Reading
 from autoprune.importers.texts import data_of
-from autoprune.problems import given
+from autoprune.problems import given, shown
 
 FILE = "a config list: `[{op_names: [layer1.0.conv1], sparse_ratio: 0.42, granularity: out_channel}]`"
 LEGACY: Final = ("sparsity", "sparsity_per_layer", "total_sparsity")

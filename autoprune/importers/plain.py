@@ -7,8 +7,9 @@ from typing import Literal, final
 
 from autoprune.errors import PolicyError
 from autoprune.importers.base import Dropped, Found, Share
-from autoprune.importers.reading import Reading, shown
+from autoprune.importers.reading import Reading
 from autoprune.importers.texts import data_of, rows_of
+from autoprune.problems import shown
 
 RatioIs = Literal["removed", "kept"]
 HEADER = "a first row `layer,ratio`"

@@ -15,6 +15,8 @@ from autoprune.problems import given
 
 MOST_TOLD: Final = 20
 """Problems of a file that are told; of more, how many there are."""
+MOST_COUNTED: Final = 100_000
+"""Problems after which no more is read: a file of 10 MB has room for five million, which take half a minute."""
 NAME_LENGTH: Final = 300
 
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,4})?", re.ASCII)
@@ -30,6 +32,7 @@ class Reading:
         self._unmapped: list[str] = []
         self._notes: list[str] = []
         self._problems: list[str] = []
+        self._untold = 0
 
     def want(
         self, layer: str, amount: Amount, where: str, *, side: Side = "outputs", types: tuple[str, ...] = (),
@@ -48,15 +51,19 @@ class Reading:
             self._notes.append(text)
 
     def wrong(self, where: str, value: object, allowed: str) -> None:
-        """A part of the file is damaged."""
-        self._problems.append(f"{where}: given {given(value)}, allowed: {allowed}")
+        """A part of the file is damaged. Raises PolicyError with all problems where they are very many."""
+        if len(self._problems) < MOST_TOLD:  # a file of 10 MB may have five million, which would fill the memory
+            self._problems.append(f"{where}: given {given(value)}, allowed: {allowed}")
+        else:
+            self._untold += 1
+            if self._untold >= MOST_COUNTED:
+                self.found()
 
     def found(self) -> Found:
         """All of it. Raises PolicyError with all problems, if there are some."""
         if self._problems:
-            told = self._problems[:MOST_TOLD]
-            more = len(self._problems) - len(told)
-            raise PolicyError(f"{self._name}:\n{listed([*told, f'and {more} more'] if more else told)}")
+            told = [*self._problems, f"and {self._untold} more"] if self._untold else self._problems
+            raise PolicyError(f"{self._name}:\n{listed(told)}")
         return Found(tuple(self._wanted), tuple(self._unmapped), tuple(self._notes))
 
     def layer(self, value: object, where: str) -> str | None:
@@ -99,11 +106,6 @@ class Reading:
         except ValueError:
             self.wrong(where, share, "a share whose last weight stays")
             return None
-
-
-def shown(key: str) -> str:
-    """A key as it is told: not too long, and nothing that a terminal would obey."""
-    return key[:80] if key.isprintable() else ascii(key[:80])
 
 
 def number_of(value: object) -> float | None:

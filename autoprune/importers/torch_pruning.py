@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import final
 
 from autoprune.importers.base import Exactly, Found, Share
-from autoprune.importers.reading import Reading, shown
+from autoprune.importers.reading import Reading
 from autoprune.importers.texts import data_of
+from autoprune.problems import shown
 
 HISTORY, RATIOS = "pruning_history", "pruning_ratio_dict"
 ENTRY = "[module name, whether outputs go, [indices]]"

@@ -17,8 +17,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         count, tokens, _ = x.shape
         parts = [
-            layer(x).view(count, tokens, self.heads, -1).transpose(1, 2)
-            for layer in (self.query, self.key, self.value)
+            layer(x).view(count, tokens, self.heads, -1).transpose(1, 2) for layer in (self.query, self.key, self.value)
         ]
         mixed = functional.scaled_dot_product_attention(*parts)
         out: Tensor = self.out(mixed.transpose(1, 2).reshape(count, tokens, -1))
