@@ -20,6 +20,7 @@ LEVELS: dict[str, int] = {
     "plugins": 2,
     "definite": 2,
     "nest": 2,
+    "rebuilding": 2,
     "demo": 2,
     "files": 3,
     "base": 3,  # the bases of plug-ins

@@ -9,8 +9,8 @@ import torch
 
 from autoprune.exporters.base import EXACT, Aspect, Exported, Grade, Resolved, approximated
 from autoprune.exporters.script_text import FUTURE, script
-from autoprune.exporters.scripts.surgery import sliced
 from autoprune.exporters.texts import about, state_bytes
+from autoprune.rebuilding import sliced
 
 _HEAD = '''"""Prunes a model as {policy} says. Needs torch alone. {written_by}, tested with {tested_with}.
 

@@ -6,16 +6,15 @@ from dataclasses import asdict
 from importlib.resources import files
 
 from autoprune.core.surgery import Surgery
-from autoprune.exporters.loaders import loader
 
 FUTURE = "from __future__ import annotations\n"
 
 
 def script(head: str, surgery: Surgery, body: str) -> str:
-    """`head` (docstring and imports), the data, the code of `scripts/surgery.py`, and `body`, which calls it."""
-    parts = [head, _data(surgery), _code(loader("surgery").decode())]
+    """`head` (docstring and imports), the data, the code of `rebuilding.py`, and `body`, which calls it."""
+    parts = [head, _data(surgery), _code("rebuilding.py")]
     if surgery.plain:
-        parts.append(_code((files("autoprune") / "model" / "plain_modules.py").read_text(encoding="utf-8")))
+        parts.append(_code("model/plain_modules.py"))
     return "\n\n".join(part.strip("\n") for part in (*parts, body)) + "\n"
 
 
@@ -30,6 +29,7 @@ def _data(surgery: Surgery) -> str:
     return "\n".join((*lines, "}"))
 
 
-def _code(text: str) -> str:
+def _code(file: str) -> str:
     """A file of ours that needs torch alone, without its docstring and what a script can have but once, at its top."""
+    text = (files("autoprune") / file).read_text(encoding="utf-8")
     return text.split('"""\n\n', maxsplit=1)[1].replace(FUTURE, "")

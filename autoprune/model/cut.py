@@ -16,6 +16,7 @@ from autoprune.model.blocks import Block, is_within, outermost, put
 from autoprune.model.coupling import CONVOLUTIONS, NORMS, Group, is_depthwise
 from autoprune.model.kernels import cropped, resize
 from autoprune.model.resolution import Size, resize_input
+from autoprune.rebuilding import set_number
 
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
@@ -162,27 +163,6 @@ def _tie(model: nn.Module, smaller: nn.Module) -> None:
             if left[other] is not left[first] and torch.equal(left[other], left[first]):
                 owner, _, key = other.rpartition(".")
                 smaller.get_submodule(owner).register_parameter(key, left[first])
-
-
-def set_number(module: nn.Module, path: str, value: int) -> None:
-    """Write an integer that the forward pass of our own copy reads: an attribute, or one step inside it.
-
-    What holds it may be shared with other modules (a configuration is): this one gets a copy of its own.
-    """
-    name, _, key = path.partition(".")
-    if not key:
-        setattr(module, name, value)
-        return
-    held = copy.copy(getattr(module, name))
-    if isinstance(held, tuple):
-        held = (*held[: int(key)], value, *held[int(key) + 1 :])
-    elif isinstance(held, list):
-        held[int(key)] = value
-    elif isinstance(held, dict):
-        held[key] = value
-    else:
-        setattr(held, key, value)
-    setattr(module, name, held)
 
 
 def _narrow_parameter(model: nn.Module, path: str, dim: int, indices: Tensor) -> None:

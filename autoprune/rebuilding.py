@@ -1,4 +1,7 @@
-"""What a pruned model's script does to the dense model's modules. Needs torch alone; scripts hold a copy of this."""
+"""What is done to a dense model's modules and tensors so that they hold a pruned model's state. Needs torch alone.
+
+Scripts that are written beside pruned models and exports carry the text of this file: nothing of autoprune is in it.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +101,10 @@ def set_widths(layer: Any, weight: Tensor) -> None:
 
 
 def set_number(module: nn.Module, path: str, value: int) -> None:
-    """Write an integer that the forward pass reads: an attribute, or one step inside it, of which it gets a copy."""
+    """Write an integer that the forward pass of our own copy reads: an attribute, or one step inside it.
+
+    What holds it may be shared with other modules (a configuration is): this one gets a copy of its own.
+    """
     name, _, key = path.partition(".")
     if not key:
         setattr(module, name, value)
