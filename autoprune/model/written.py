@@ -72,7 +72,7 @@ def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def _items(held: object) -> Iterable[tuple[object, object]]:
-    """What an attribute holds, by the keys that `cut.set_number` takes."""
+    """What an attribute holds, by the keys that `rebuilding.set_number` takes."""
     if type(held) in (tuple, list):
         return enumerate(held)  # type: ignore[arg-type]
     if isinstance(held, dict):
