@@ -20,6 +20,7 @@ from autoprune.model.flow import norms_after
 from autoprune.model.integers import Arithmetic, compute_in_integers
 from autoprune.model.plain import Kinds
 from autoprune.packing.coding import Codes
+from autoprune.problems import MOST_TOLD
 from autoprune.side_file import GRIDS, KEPT, SCALES, TENSOR, read_side_file
 from autoprune.storage import Weights
 from autoprune.subject import Subject
@@ -150,6 +151,9 @@ def check_units(path: Path, policy: Policy, anatomy: Anatomy) -> None:
     units = {unit.name: unit for unit in anatomy.units}
     problems = []
     for name, decision in policy.units.items():
+        if len(problems) >= MOST_TOLD:
+            problems.append("and perhaps more")
+            break
         if name not in units:
             problems.append(f"units.{name}: the model has no such unit; {near_miss(name, units)}")
         elif units[name].width != decision.of or not _alike(units[name], decision):
