@@ -149,7 +149,7 @@ def check_structure(path: Path, policy: Policy, subject: Subject) -> None:
 def check_units(path: Path, policy: Policy, anatomy: Anatomy) -> None:
     """Raises PolicyError with all units that the model does not have so."""
     units = {unit.name: unit for unit in anatomy.units}
-    problems = []
+    problems: list[str] = []
     for name, decision in policy.units.items():
         if len(problems) >= MOST_TOLD:
             problems.append("and perhaps more")
