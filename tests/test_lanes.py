@@ -112,6 +112,7 @@ def test_what_cannot_be_unpacked_says_so(tmp_path, capfd):
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is told by /proc alone")
+@pytest.mark.slow
 def test_memory_of_what_is_sent_is_there_once():
     """Half a gigabyte for four processes: none has a copy of its own."""
     ballast = torch.ones(GIGABYTE // 8)

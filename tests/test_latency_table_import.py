@@ -235,6 +235,7 @@ def test_other_limits_hold_beside_it_in_a_family_and_in_a_database(tmp_path: Pat
         assert evidence.pruned.params <= 0.8 * dense
 
 
+@pytest.mark.slow
 def test_the_fastest_above_a_floor(tmp_path: Path, table: Path) -> None:
     outcome = searched(randomised(Residual()), tmp_path, table, None, max_drop=0.95)
     assert_by_table(outcome.policy, table, DENSE_MS)
