@@ -144,6 +144,7 @@ def test_a_family_gives_one_outcome_each(tmp_path: Path) -> None:
     assert set(found) == {"60%macs", "40%macs"}
 
 
+@pytest.mark.slow
 def test_the_fastest_above_a_floor(tmp_path: Path) -> None:
     """Judged on held-out data, so a floor that most policies keep."""
     model = randomised(Residual(width=16))

@@ -293,6 +293,7 @@ def told(journal: Path) -> dict[tuple[str, int], float]:
     }
 
 
+@pytest.mark.slow
 def test_a_killed_search_resumes_with_every_told_trial(project: Path) -> None:
     yaml_with(project, "trials: 12", "trials: 300")
     journal = project / "out" / "study.journal"
