@@ -38,6 +38,7 @@ from autoprune.run import Run
 from autoprune.run_folder import usable_folder
 from autoprune.searching.board import Board
 from autoprune.searching.samplers import check_sampler
+from autoprune.side_file import WEIGHTS
 from autoprune.spaces import load_space
 from autoprune.sparsity import sparsifier
 from autoprune.subject import Task, in_memory, subject_of
@@ -198,7 +199,7 @@ def _found(bench: Workbench, budget: Budget, floor: Floor, *, plan: Plan, progre
 def _written(bench: Workbench, found: Found, floor: Floor, *, folder: Path, progress: Progress) -> Outcome:
     written = write_down(bench, found, floor, title=bench.subject.task.name)
     page = render(written.record)
-    write_bytes(folder / "policy.safetensors", written.side_file)
+    write_bytes(folder / WEIGHTS, written.side_file)
     write_policy(folder / "policy.yaml", written.record.policy)
     write_text(folder / "outcome.json", written.record.model_dump_json(indent=1))
     write_text(folder / "report.html", page)

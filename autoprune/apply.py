@@ -57,7 +57,7 @@ def apply(path: Path, subject: Subject) -> Applied:
     tensors = read_side_file(path, policy)
     options = policy.options()
     kept = {
-        name: _kept(path, name, option.keep, policy.units[name].of, tensors)
+        name: kept_channels(path, name, option.keep, policy.units[name].of, tensors)
         for name, option in options.items()
         if policy.units[name].kind in NARROWED
     }
@@ -171,7 +171,8 @@ def _alike(unit: Unit, decision: UnitDecision) -> bool:
     return unit.kind == decision.kind or (unit.narrows and decision.kind == "channels")
 
 
-def _kept(path: Path, unit: str, keep: int, of: int, tensors: Mapping[str, Tensor]) -> Tensor:
+def kept_channels(path: Path, unit: str, keep: int, of: int, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The channels of a unit that stay, as a side file names them, ascending. Raises PolicyError for damaged ones."""
     indices = tensors.get(KEPT + unit)
     if indices is None or indices.numel() != keep:
         given = "none" if indices is None else str(indices.numel())

@@ -1,6 +1,7 @@
-"""The bank of a subject and what builds candidates from it: made from calibration data, or read from the run folder.
+"""The bank of a subject, what builds candidates from it, and what these are mended with and compared on.
 
-Knows what a bank is made of and by what it is known again. Does not know costs, budgets or searches.
+The bank is made from calibration data, or read from the run folder. Knows what a bank is made of and by what it is
+known again. Does not know costs, budgets or searches.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from autoprune.model.flow import norms_after
 from autoprune.model.recalibrate import Anchor
 from autoprune.nest import first_tensor
 from autoprune.progress import Progress
+from autoprune.recover.refit import Reference, RefitSettings
 from autoprune.run import Run
+from autoprune.searching.scorer import Selection
 from autoprune.sparsity import sparsifier
 from autoprune.subject import Subject, batches_of
 
@@ -96,3 +99,20 @@ def stitcher_of(subject: Subject, bank: Bank, space: Space, folder: Path, progre
     anchor = Anchor.of(subject.model, batches_of(subject, few))
     arithmetic = arithmetic_of(subject, space, folder, progress)
     return Stitcher(subject.model, subject.anatomy, bank, anchor=anchor, arithmetic=arithmetic)
+
+
+def calibration_of(subject: Subject) -> tuple[Tensor, ...]:
+    """The calibration inputs that the bank is made of, in batches."""
+    return batches_of(subject, subject.task.data.calibration_inputs[: subject.samples.calibrate])
+
+
+def selection_of(subject: Subject) -> Selection:
+    """The selection part of the validation data, as candidates are compared on it."""
+    count, part = subject.samples.select, subject.parts.selection
+    return Selection.of(subject.model, batches_of(subject, part.inputs[:count]), part.targets[:count])
+
+
+def reference_of(subject: Subject, batches: tuple[Tensor, ...]) -> Reference:
+    """Refits candidates of the subject's model on `batches` of calibration inputs."""
+    settings = RefitSettings(patches=subject.samples.patches * 3 // 2)
+    return Reference.of(subject.model, batches, blocks=subject.anatomy.blocks, settings=settings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from autoprune.core.unit import Option, Unit
 from autoprune.coverage import coverage
 from autoprune.profile.cost_model import CostModel
 from autoprune.pursue import Found
-from autoprune.side_file import side_file
+from autoprune.side_file import WEIGHTS, digest, side_file
 from autoprune.storage import FLOATS
 from autoprune.subject import Subject
 from autoprune.verify import latency_record, overruns, params, score
@@ -175,8 +174,8 @@ def _policy(bench: Workbench, found: Found, floor: Floor, evidence: Evidence, si
         size=bench.files.kind,
         floor=floor.record,
         evidence=evidence,
-        weights="policy.safetensors",
-        weights_sha256=hashlib.sha256(side).hexdigest(),
+        weights=WEIGHTS,
+        weights_sha256=digest(side),
     )  # fmt: skip
 
 

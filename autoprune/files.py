@@ -87,7 +87,25 @@ def read_yaml(path: Path, *, error: type[AutopruneError] = ConfigError) -> objec
     Raises `error` for what cannot be read, is over 10 MB, repeats a key, holds an alias, too much or too deep, with
     line and column.
     """
-    return yamls.parse(_read_limited(path, error), name=str(path), error=error)
+    data = read_limited(path, error=error)
+    if len(data) > SIZE_LIMIT:
+        raise error(f"{path}: is larger than {SIZE_LIMIT // 1_000_000} MB; this is no file of autoprune's")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as bad:
+        raise error(f"{path}: is not UTF-8 text (byte {bad.start})") from bad
+    return yamls.parse(text, name=str(path), error=error)
+
+
+def read_limited(path: Path, *, error: type[AutopruneError]) -> bytes:
+    """An ordinary file's bytes, of a larger one than `SIZE_LIMIT` one more than that. Raises `error`."""
+    try:
+        with open_file(path) as file:
+            return file.read(SIZE_LIMIT + 1)
+    except OSError as refused:
+        raise error(f"{path}: cannot be read: {cause(refused)}") from refused
+    except ValueError as refused:  # a null byte in the path
+        raise error(f"{path!s:.200}: is not a path") from refused
 
 
 def write_policy(path: Path, policy: Policy) -> None:
@@ -146,22 +164,6 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _read_limited(path: Path, error: type[AutopruneError]) -> str:
-    try:
-        with open_file(path) as file:
-            data = file.read(SIZE_LIMIT + 1)
-    except OSError as refused:
-        raise error(f"{path}: cannot be read: {cause(refused)}") from refused
-    except ValueError as refused:  # a null byte in the path
-        raise error(f"{path!s:.200}: is not a path") from refused
-    if len(data) > SIZE_LIMIT:
-        raise error(f"{path}: is larger than {SIZE_LIMIT // 1_000_000} MB; this is no file of autoprune's")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as bad:
-        raise error(f"{path}: is not UTF-8 text (byte {bad.start})") from bad
 
 
 def _plain(policy: Policy) -> dict[str, Any]:

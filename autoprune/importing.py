@@ -5,7 +5,6 @@ Knows importers by their protocol, and files. Does not know any format, nor how 
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,14 +12,14 @@ from autoprune.core.exchange import ImportRecord
 from autoprune.core.policy import Policy
 from autoprune.errors import ConfigError, PolicyError, listed
 from autoprune.evidence import model_identity
-from autoprune.files import SIZE_LIMIT, cause, open_file, write_bytes, write_policy
+from autoprune.files import read_limited, write_policy
 from autoprune.importers import importer
 from autoprune.importers.base import Found
 from autoprune.importers.plain import Plain, RatioIs
 from autoprune.importers.reading import MOST_TOLD
 from autoprune.mapping import Mapped, mapped
 from autoprune.methods import method as method_named
-from autoprune.side_file import KEPT, content_of
+from autoprune.side_file import with_kept
 from autoprune.subject import Subject
 
 METHOD = "l2"
@@ -49,7 +48,7 @@ def read_import(path: Path, asked: Import) -> Found:
                 f"--ratio-is {asked.ratio_is}: {asked.tool} says itself what its ratios are; it is for --from plain"
             )
         chosen = Plain(asked.ratio_is)
-    return chosen.read(_content(path), name=str(path))
+    return chosen.read(read_limited(path, error=PolicyError), name=str(path))
 
 
 def write_import(found: Found, subject: Subject, asked: Import, *, output: Path, title: str) -> ImportRecord:
@@ -61,10 +60,7 @@ def write_import(found: Found, subject: Subject, asked: Import, *, output: Path,
     method_named(asked.method)  # an unknown one is told at once
     policy, laid = policy_of(found, subject, method=asked.method, title=title)
     if laid.kept:
-        side = output.with_name(f"{output.stem}.kept.safetensors")
-        content = content_of({KEPT + unit: indices for unit, indices in laid.kept.items()})
-        write_bytes(side, content)
-        policy = policy.model_copy(update={"weights": side.name, "weights_sha256": hashlib.sha256(content).hexdigest()})
+        policy = with_kept(policy, laid.kept, output)
     write_policy(output, policy)
     return ImportRecord(
         tool=asked.tool, written=str(output), units=len(policy.units), unmapped=laid.unmapped, notes=laid.notes
@@ -80,14 +76,3 @@ def policy_of(found: Found, subject: Subject, *, method: str, title: str) -> tup
         reasons = listed([*told, f"and {more} more"] if more else told) or "  - it asks for nothing"
         raise PolicyError(f"{title}: nothing in it narrows a unit of {subject.task.name!r}:\n{reasons}")
     return Policy(units=dict(laid.units), model=model_identity(subject)), laid
-
-
-def _content(path: Path) -> bytes:
-    """At most one byte more than an importer takes."""
-    try:
-        with open_file(path) as file:
-            return file.read(SIZE_LIMIT + 1)
-    except OSError as refused:
-        raise PolicyError(f"{path}: cannot be read: {cause(refused)}") from refused
-    except ValueError as refused:  # a null byte in the path
-        raise PolicyError(f"{path!s:.200}: is not a path") from refused

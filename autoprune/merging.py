@@ -5,7 +5,6 @@ Mended weights are of each policy alone and cannot be joined; a transfer makes t
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from autoprune.core.comparison import merged, names_of
 from autoprune.core.policy import Policy
-from autoprune.files import read_policy, write_bytes, write_policy
-from autoprune.side_file import KEPT, content_of, read_side_file
+from autoprune.files import read_policy, write_policy
+from autoprune.side_file import kept_of, read_side_file, with_kept
 
 
 def merge_files(paths: Sequence[Path], output: Path) -> Policy:
@@ -28,11 +27,7 @@ def merge_files(paths: Sequence[Path], output: Path) -> Policy:
     if len(prints) == 1 and all(policy.weights is not None and policy.model is not None for policy in policies):
         kept: dict[str, Tensor] = {}
         for path, policy in zip(paths, policies, strict=True):
-            tensors = read_side_file(path, policy)
-            kept |= {name: tensor for name, tensor in tensors.items() if name.startswith(KEPT)}
-        content, side = content_of(kept), output.with_name(f"{output.stem}.kept.safetensors")
-        write_bytes(side, content)
-        digest = hashlib.sha256(content).hexdigest()
-        joined = joined.model_copy(update={"weights": side.name, "weights_sha256": digest})
+            kept |= kept_of(read_side_file(path, policy))
+        joined = with_kept(joined, kept, output)
     write_policy(output, joined)
     return joined

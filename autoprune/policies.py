@@ -62,7 +62,7 @@ def export_policy(
     read_policy(policy_path)  # a damaged one is told at once
     chosen = exporter(tool)
     subject = subject_of(any_policy(task_of(config, folder)), progress)
-    laid = resolved(apply(policy_path, subject), subject, title=policy_path.name, factory=config.model)
+    laid = resolved(apply(policy_path, subject), subject, title=policy_path.name)
     return write_export(laid, chosen, output, allow_lossy=allow_lossy)
 
 

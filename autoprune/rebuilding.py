@@ -33,13 +33,13 @@ class Dropped(nn.Module):
         return x if self.further is None else (x, *self.further)
 
 
-def put(network: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(network: nn.Module, name: str, module: nn.Module) -> None:
     """Put another module in a place."""
     parent, _, child = name.rpartition(".")
-    setattr(network.get_submodule(parent), child, module)
+    network.get_submodule(parent).register_module(child, module)
 
 
-def halves(layer: Any, rank: int) -> nn.Module:
+def halves(layer: Any, rank: int) -> nn.Sequential:
     """A layer as two, the first to `rank` channels."""
     biased = layer.bias is not None
     if isinstance(layer, nn.Linear):
@@ -129,9 +129,9 @@ def nearest(values: Tensor, scale: float, zero: float) -> Tensor:
 def reshaped(network: nn.Module, surgery: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
     """`network`, in place, with the modules and shapes that `surgery` says, and with `state` in them."""
     for name, (rest, further) in surgery["dropped"].items():
-        put(network, name, Dropped(rest, further))
+        replace_module(network, name, Dropped(rest, further))
     for name, rank in surgery["split"].items():
-        put(network, name, halves(network.get_submodule(name), rank))
+        replace_module(network, name, halves(network.get_submodule(name), rank))
     for name, values in surgery["numbers"].items():
         for attribute, value in values.items():
             set_number(network.get_submodule(name), attribute, value)
@@ -170,7 +170,12 @@ def kept_of(tensor: Tensor, name: str, surgery: dict[str, Any]) -> Tensor:
         left = left.index_select(dim, torch.tensor(kept, device=tensor.device))
     layer, _, key = name.rpartition(".")
     if key == "weight" and layer in surgery["kernels"]:
-        side = surgery["kernels"][layer]
-        for axis in range(2, left.ndim):
-            left = left.narrow(axis, (left.shape[axis] - side) // 2, side)
+        left = cropped(left, surgery["kernels"][layer])
     return left.contiguous()
+
+
+def cropped(weight: Tensor, size: int) -> Tensor:
+    """The middle, of side `size`, of the kernels of `weight` (outputs, inputs, *sides)."""
+    for axis in range(2, weight.ndim):
+        weight = weight.narrow(axis, (weight.shape[axis] - size) // 2, size)
+    return weight

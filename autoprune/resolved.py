@@ -6,7 +6,7 @@ Knows what was applied. Does not know any tool.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +20,17 @@ from autoprune.model.blocks import is_within
 from autoprune.model.coupling import CUTTABLE, NORMS, is_depthwise
 from autoprune.model.cut import Kept as KeptSides
 from autoprune.model.flow import norms_after
-from autoprune.model.kernels import cropped
+from autoprune.rebuilding import kept_of
 from autoprune.runtimes.onnxruntime import checked
 from autoprune.storage import onnx_file
 from autoprune.subject import Subject
 
 
-def resolved(applied: Applied, subject: Subject, *, title: str, factory: str) -> Resolved:
-    """What exporters get of an applied policy. `title` is the policy file's name, `factory` the dense model's."""
+def resolved(applied: Applied, subject: Subject, *, title: str) -> Resolved:
+    """What exporters get of an applied policy. `title` is the policy file's name."""
     surgery = _with_slices(surgery_of(applied), applied, subject.model)
     return Resolved(
-        applied.policy, title, factory, _units(applied, subject), _layers(applied, subject), subject.model,
+        applied.policy, title, _units(applied, subject), _layers(applied, subject), subject.model,
         applied.model, subject.example, surgery, _mended(applied, subject.model, surgery),
         lambda: onnx_of(applied, subject.example),
     )  # fmt: skip
@@ -88,18 +88,13 @@ def _mended(applied: Applied, dense: nn.Module, surgery: Surgery) -> tuple[str, 
     """Tensors that hold other values than the dense model's at the same places; zeros of a pattern do not count, nor do
     values that are rounded, or of a layer that is two.
     """
-    before, found = dense.state_dict(), []
+    before, cuts, found = dense.state_dict(), asdict(surgery), []
     rounded = {name for name, decision in applied.policy.units.items() if decision.bits < 32}
     sparse = {name for name, decision in applied.policy.units.items() if decision.pattern}
     for name, tensor in applied.model.state_dict().items():
         if name not in before or name in rounded:
             continue
-        same = before[name]
-        for dim, kept in surgery.slices.get(name, ()):
-            same = same.index_select(dim, torch.tensor(kept, dtype=torch.int64))
-        layer, _, key = name.rpartition(".")
-        if layer in surgery.kernels and key == "weight":
-            same = cropped(same, surgery.kernels[layer])
+        same = kept_of(before[name], name, cuts)
         if name in sparse:
             same = same * (tensor != 0)
         if not torch.equal(same, tensor):

@@ -18,9 +18,11 @@ from autoprune.bank.stitch import Candidate, Stitcher
 from autoprune.core.policy import Policy
 from autoprune.core.unit import Option
 from autoprune.errors import PolicyError
-from autoprune.files import open_file
+from autoprune.files import open_file, write_bytes
 from autoprune.storage import Weights
 
+WEIGHTS = "policy.safetensors"
+"""Its name beside `policy.yaml`."""
 KEPT = "kept/"
 """Prefix of the tensors that hold kept channel indices, by unit."""
 TENSOR = "tensor/"
@@ -47,6 +49,26 @@ def content_of(tensors: Mapping[str, Tensor]) -> bytes:
     return bytes(save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}))
 
 
+def with_kept(policy: Policy, kept: Mapping[str, Tensor], path: Path) -> Policy:
+    """`policy`, to be written to `path`, with a side file beside it that names the channels that stay (by unit) and
+    nothing else. The side file is written.
+    """
+    content = content_of({KEPT + unit: indices for unit, indices in kept.items()})
+    side = path.with_name(f"{path.stem}.kept.safetensors")
+    write_bytes(side, content)
+    return policy.model_copy(update={"weights": side.name, "weights_sha256": digest(content)})
+
+
+def digest(content: bytes) -> str:
+    """By what a policy knows its side file: SHA-256 in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def kept_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The channels that stay, by unit, of a side file's tensors."""
+    return {name.removeprefix(KEPT): indices for name, indices in tensors.items() if name.startswith(KEPT)}
+
+
 def read_side_file(path: Path, policy: Policy) -> dict[str, Tensor]:
     """The tensors in the side file of the policy at `path`. Raises PolicyError where it is missing or another one."""
     if policy.weights is None:
@@ -64,7 +86,7 @@ def read_side_file(path: Path, policy: Policy) -> dict[str, Tensor]:
         raise PolicyError(f"{side}: cannot be read ({error.strerror}); it belongs beside {path.name}") from None
     except ValueError:  # a null character
         raise PolicyError(f"{path}: weights: {policy.weights!r} is not a file name") from None
-    if policy.weights_sha256 is not None and hashlib.sha256(content).hexdigest() != policy.weights_sha256:
+    if policy.weights_sha256 is not None and digest(content) != policy.weights_sha256:
         raise PolicyError(f"{side}: is not the file that {path.name} was written with (its SHA-256 differs)")
     try:
         return dict(load(content))

@@ -6,7 +6,6 @@ is a complete policy of its own, whose evidence says that it is not verified.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +14,10 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from autoprune.apply import check_structure, check_units
+from autoprune.apply import check_structure, check_units, kept_channels
 from autoprune.bank.build import Bank
 from autoprune.bank.stitch import Candidate, Stitcher
-from autoprune.banking import bank_of, stitcher_of
+from autoprune.banking import bank_of, calibration_of, reference_of, selection_of, stitcher_of
 from autoprune.core.policy import Policy
 from autoprune.core.space import Space, UnitOptions
 from autoprune.core.unit import NARROWED, Option, keep_all
@@ -27,15 +26,13 @@ from autoprune.errors import PolicyError, listed
 from autoprune.evidence import model_identity
 from autoprune.files import read_policy, write_bytes, write_policy
 from autoprune.progress import Progress
-from autoprune.recover.refit import Reference, RefitSettings
 from autoprune.recovery import refitted
 from autoprune.run import Run
-from autoprune.searching.scorer import Selection
-from autoprune.side_file import KEPT, TENSOR, read_side_file, side_file
+from autoprune.side_file import KEPT, TENSOR, WEIGHTS, digest, read_side_file, side_file
 from autoprune.spaces import MethodChoice, WeightChoice
-from autoprune.subject import Subject, batches_of
+from autoprune.subject import Subject
 
-POLICY, WEIGHTS = "policy.yaml", "policy.safetensors"
+POLICY = "policy.yaml"
 
 
 def transfer(path: Path, subject: Subject, folder: Path, *, refit: bool, progress: Progress) -> Path:
@@ -53,7 +50,7 @@ def transfer(path: Path, subject: Subject, folder: Path, *, refit: bool, progres
     subject = replace(subject, task=replace(subject.task, spec=subject.task.spec.model_copy(update=_methods(policy))))
     progress.note("what goes is chosen anew by the policy's methods; its numbers are not this model's until verified")
     with TemporaryDirectory(prefix="autoprune-") as scratch:
-        batches = batches_of(subject, subject.task.data.calibration_inputs[: subject.samples.calibrate])
+        batches = calibration_of(subject)
         bank, _ = bank_of(subject, batches, Run(Path(scratch), Local()), progress)
         bank = _with_orders(bank, _exact(path, policy, subject), policy)
         _check_ranked(path, policy, options, bank)
@@ -95,16 +92,20 @@ def _exact(path: Path, policy: Policy, subject: Subject) -> dict[str, Tensor]:
     tensors = read_side_file(path, policy)
     if any(name.startswith(TENSOR) for name in tensors):
         return {}
-    return {name.removeprefix(KEPT): indices for name, indices in tensors.items() if name.startswith(KEPT)}
+    return {
+        name: kept_channels(path, name, unit.keep, unit.of, tensors)
+        for name, unit in policy.units.items()
+        if unit.kind in NARROWED and KEPT + name in tensors
+    }
 
 
 def _with_orders(bank: Bank, exact: Mapping[str, Tensor], policy: Policy) -> Bank:
     """The bank, in which what `exact` names stays to the last."""
     orders = {unit: dict(known) for unit, known in bank.orders.items()}
     for unit, kept in exact.items():
-        if unit in orders and unit in policy.units:
-            decision = policy.units[unit]
-            gone = [channel for channel in range(decision.of) if channel not in set(kept.tolist())]
+        if unit in orders:
+            decision, stays = policy.units[unit], set(kept.tolist())
+            gone = [channel for channel in range(decision.of) if channel not in stays]
             orders[unit][decision.method] = torch.tensor([*gone, *kept.tolist()], dtype=torch.int64)
     return replace(bank, orders=orders)
 
@@ -123,11 +124,7 @@ def _mended(
     stitcher: Stitcher, options: Mapping[str, Option], subject: Subject, batches: tuple[Tensor, ...]
 ) -> Candidate:
     """The candidate refitted, or as it is where that is nearer to the dense model on selection data."""
-    count = subject.samples.select
-    part = subject.parts.selection
-    selection = Selection.of(subject.model, batches_of(subject, part.inputs[:count]), part.targets[:count])
-    settings = RefitSettings(patches=subject.samples.patches * 3 // 2)
-    reference = Reference.of(subject.model, batches, blocks=subject.anatomy.blocks, settings=settings)
+    selection, reference = selection_of(subject), reference_of(subject, batches)
     plain, (solved, _) = stitcher.build(options), refitted(stitcher, options, reference)
     return min((plain, solved), key=lambda candidate: float(selection.divergences(candidate.model).mean()))
 
@@ -139,6 +136,6 @@ def _of_this_model(policy: Policy, subject: Subject, side: bytes) -> Policy:
     return policy.model_copy(
         update={
             "model": model_identity(subject), "evidence": evidence, "weights": WEIGHTS,
-            "weights_sha256": hashlib.sha256(side).hexdigest(),
+            "weights_sha256": digest(side),
         }
     )  # fmt: skip

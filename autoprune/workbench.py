@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from autoprune.bank import store
 from autoprune.bank.build import Bank, Harms, local_harms
 from autoprune.bank.stitch import Stitcher
-from autoprune.banking import bank_of, stitcher_of
+from autoprune.banking import bank_of, calibration_of, reference_of, selection_of, stitcher_of
 from autoprune.core.cost import LatencyTable
 from autoprune.core.space import Choice, Space
 from autoprune.costing import Stages
@@ -31,7 +31,7 @@ from autoprune.profile.forms import with_forms
 from autoprune.progress import Progress
 from autoprune.recover.finetune import Schedule
 from autoprune.recover.lesson import Lesson
-from autoprune.recover.refit import Reference, RefitSettings
+from autoprune.recover.refit import Reference
 from autoprune.run import Run
 from autoprune.runtimes import runtime
 from autoprune.searching.climb import Climber
@@ -101,13 +101,10 @@ def prepare(
     """Calibrate, rank, estimate harm: the rest of what every budget shares."""
     task, model = subject.task, subject.model
     samples = subject.samples
-    batches = batches_of(subject, task.data.calibration_inputs[: samples.calibrate])
+    batches = calibration_of(subject)
     bank, key = stages.timed("bank", lambda: bank_of(subject, batches, run, progress))
     stitcher = stitcher_of(subject, bank, space, run.folder, progress)
-    inputs, targets = (
-        tensor[: samples.select] for tensor in (subject.parts.selection.inputs, subject.parts.selection.targets)
-    )
-    selection = Selection.of(model, batches_of(subject, inputs), targets)
+    selection = selection_of(subject)
     space = _ranked_only(space, bank, stitcher, progress)
     architecture = with_forms(subject.anatomy.architecture, space, runtime(task.target.runtime).forms(task.target))
     files = _file_format(subject, bank.norms, progress)
@@ -118,14 +115,11 @@ def prepare(
     priors = stages.timed(
         "priors", lambda: _priors(subject, space, stitcher, selection, run=run, key=key, progress=progress)
     )
-    blocks = subject.anatomy.blocks
-    fine = RefitSettings(patches=samples.patches * 3 // 2)
     few = batches_of(subject, task.data.calibration_inputs[: samples.refit])
     engine = runtime(task.target.runtime)
     return Workbench(
         subject, space, costs, table, bank, priors, stitcher, selection, Scorer(stitcher, space, selection),
-        Reference.of(model, few, blocks=blocks, settings=fine),
-        Reference.of(model, batches, blocks=blocks, settings=fine),
+        reference_of(subject, few), reference_of(subject, batches),
         Stopwatch.of(model, engine, task.target, example=subject.example, engine=run.engine), stages, files, run,
     )  # fmt: skip
 

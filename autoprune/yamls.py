@@ -121,6 +121,11 @@ def text(value: object) -> str:
     )
 
 
+def is_unicode(text: str) -> bool:
+    """Whether it can be written down: it holds no half characters (lone surrogates)."""
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def _value(node: Node) -> object:
     if isinstance(node, MappingNode):
         return _mapping(node)
@@ -150,7 +155,7 @@ def _mapping(node: MappingNode) -> dict[object, object]:
 def _scalar(node: ScalarNode) -> object:
     kind, written = node.tag.removeprefix(_TAG), str(node.value)
     if kind == "str":
-        if not written.isascii() and any("\ud800" <= letter <= "\udfff" for letter in written):
+        if not is_unicode(written):
             raise _Refused(problem="half a character (a lone surrogate)", problem_mark=node.start_mark)
         return written
     if kind == "null" and _NULL.fullmatch(written):

@@ -202,4 +202,4 @@ def written_case(name: str, folder: Path) -> Path:
 @functools.cache
 def resolved_case(name: str) -> Resolved:
     """What an exporter gets of a case."""
-    return resolved(applied_case(name), subject_for(name), title="policy.yaml", factory="network.py:model")
+    return resolved(applied_case(name), subject_for(name), title="policy.yaml")

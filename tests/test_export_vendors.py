@@ -15,7 +15,8 @@ from resolved_policies import resolved_case
 from torch import nn
 
 from autoprune.errors import PolicyError
-from autoprune.exporters.aimet import Aimet, ratio
+from autoprune.exporters import masks
+from autoprune.exporters.aimet import Aimet
 from autoprune.exporters.base import Exported, Exporter, Resolved
 from autoprune.exporters.modelopt import ModelOpt
 from autoprune.exporters.nncf import Nncf
@@ -188,7 +189,7 @@ def test_aimet_goes_through_depthwise_convolutions() -> None:
 
 
 def test_aimet_ratio_survives_its_rounding_down() -> None:
-    wrong = [(keep, of) for of in range(1, 400) for keep in range(1, of + 1) if int(of * ratio(keep, of)) != keep]
+    wrong = [(keep, of) for of in range(1, 400) for keep in range(1, of + 1) if int(of * masks.share(keep, of)) != keep]
     assert not wrong
     assert int(100 * 0.29) == 28  # what a plain share would do
 

@@ -34,11 +34,12 @@ from autoprune.model.coupling import CONVOLUTIONS
 from autoprune.model.cut import Kept, cut, plan_cut
 from autoprune.model.describe import macs_of
 from autoprune.model.discover import discover
-from autoprune.model.kernels import cropped, cut_sizes, middle
+from autoprune.model.kernels import cut_sizes, middle
 from autoprune.profile.cost_model import CostModel
 from autoprune.profile.draw import draw
 from autoprune.profile.latency import refitted
 from autoprune.progress import Silent
+from autoprune.rebuilding import cropped
 from autoprune.recover.refit import refit
 from autoprune.run import Run
 from autoprune.spaces import SpaceSpec, load_space, resolve

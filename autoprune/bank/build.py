@@ -30,8 +30,8 @@ from autoprune.model.coupling import CONVOLUTIONS, Group
 from autoprune.model.cut import Kept
 from autoprune.model.discover import Anatomy
 from autoprune.model.flow import norm_scale
-from autoprune.model.kernels import cropped
 from autoprune.progress import Progress
+from autoprune.rebuilding import cropped
 
 Harms = list[NDArray[np.float64]]
 """One array for each unit of a space, (options,): additive harm, zero for the option that keeps everything."""

@@ -5,26 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
-from pydantic import BaseModel, ConfigDict
-
 from autoprune.core.policy import Measured, Policy, UnitDecision
+from autoprune.core.record import Record
 from autoprune.errors import PolicyError, listed
 
 
-class UnitDifference(BaseModel):
+class UnitDifference(Record):
     """One unit that two policies decide differently; None where one of them keeps it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     unit: str
     before: UnitDecision | None
     after: UnitDecision | None
 
 
-class PolicyDifference(BaseModel):
+class PolicyDifference(Record):
     """What differs. `notes` say why numbers may not be comparable."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     units: tuple[UnitDifference, ...]
     same: int

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from autoprune.core.record import Record
 
 
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class RemarkRecord(_Value):
+class RemarkRecord(Record):
     """What became of one aspect of one unit's decision: `exact`, `approximated` or `dropped`, and why."""
 
     unit: str
@@ -18,7 +14,7 @@ class RemarkRecord(_Value):
     why: str = ""
 
 
-class ExportRecord(_Value):
+class ExportRecord(Record):
     """An export: the files it wrote by name, what it kept and what not."""
 
     tool: str
@@ -30,7 +26,7 @@ class ExportRecord(_Value):
     files: dict[str, str]
 
 
-class ImportRecord(_Value):
+class ImportRecord(Record):
     """An import: the policy (or table) it wrote, how much of the file is in it, and what could not be mapped."""
 
     tool: str

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
-
 from autoprune.core.policy import Measured, Policy
+from autoprune.core.record import Record
 
 
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TrialRecord(_Value):
+class TrialRecord(Record):
     """One trial of the study: where it came from, what it was predicted to cost, how far it is from the dense model."""
 
     number: int
@@ -22,7 +17,7 @@ class TrialRecord(_Value):
     """Predicted: latency in seconds, MACs, parameters, bytes."""
 
 
-class UnitRecord(_Value):
+class UnitRecord(Record):
     """One unit of the model and what the policy does with it."""
 
     name: str
@@ -35,7 +30,7 @@ class UnitRecord(_Value):
     """Share of the dense model's latency in the layers it touches, from the cost table."""
 
 
-class KeptRecord(_Value):
+class KeptRecord(Record):
     """Channels that stay whole for one reason."""
 
     reason: str
@@ -49,7 +44,7 @@ class KeptRecord(_Value):
     """What to do about it in a word; empty where it costs nothing."""
 
 
-class CoverageRecord(_Value):
+class CoverageRecord(Record):
     """How much of a model units reach: shares of the dense model, 0 to 1."""
 
     macs: float
@@ -62,7 +57,7 @@ class CoverageRecord(_Value):
     """Why the rest stays whole, what costs most first."""
 
 
-class UnitsRecord(_Value):
+class UnitsRecord(Record):
     """What can be pruned in a model, and how much of it that is."""
 
     units: tuple[UnitRecord, ...]
@@ -70,7 +65,7 @@ class UnitsRecord(_Value):
     notes: tuple[str, ...]
 
 
-class PredictionCheck(_Value):
+class PredictionCheck(Record):
     """Predicted against measured latency (shares of the dense) of whole models not used to build the table."""
 
     models: int
@@ -78,7 +73,7 @@ class PredictionCheck(_Value):
     worst_error: float
 
 
-class OutcomeRecord(_Value):
+class OutcomeRecord(Record):
     """Evidence for one budget: the policy, its baselines, every trial, and how the numbers were made."""
 
     title: str
@@ -105,7 +100,7 @@ class OutcomeRecord(_Value):
     notes: tuple[str, ...] = ()
 
 
-class VerifyRecord(_Value):
+class VerifyRecord(Record):
     """What `verify` measured of a policy, and whether it still meets the budget and the floor it was made for."""
 
     met: bool
@@ -117,7 +112,7 @@ class VerifyRecord(_Value):
     floor: str
 
 
-class PackedItem(_Value):
+class PackedItem(Record):
     """What one tensor of a packed model takes."""
 
     name: str
@@ -128,7 +123,7 @@ class PackedItem(_Value):
     """The least that a coder of independent symbols could reach."""
 
 
-class PackedRecord(_Value):
+class PackedRecord(Record):
     """Where the bytes of a packed model go, and where it was unpacked to."""
 
     items: tuple[PackedItem, ...]

@@ -43,6 +43,11 @@ class Pattern:
         return share if self.kind == "unstructured" else f"{self.rows}x{self.columns} {share}"
 
 
+def percent(share: float) -> str:
+    """A share as patterns have it, to a hundred millionth: `42%`, `70.008681%`."""
+    return f"{100 * share:.6f}".rstrip("0").rstrip(".") + "%"
+
+
 def parse_pattern(text: str) -> Pattern:
     """A pattern from its text. Raises ValueError with the grammar when it cannot be read."""
     if len(text) > _LONGEST:

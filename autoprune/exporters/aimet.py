@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Final, final
 
 from autoprune.errors import PolicyError
-from autoprune.exporters.base import EXACT, Aspect, Exported, Grade, LayerCut, Resolved, UnitCut, dropped
+from autoprune.exporters.base import EXACT, Aspect, Exported, Grade, LayerCut, Resolved, UnitCut, dropped, final_weights
 from autoprune.exporters.loaders import loader
+from autoprune.exporters.masks import share
 from autoprune.exporters.texts import about, json_bytes, state_bytes
 
 LINEAR: Final = dropped("AIMET's channel pruning takes inputs of convolutions alone")
@@ -43,10 +43,10 @@ class Aimet:
         own: dict[str, dict[Aspect, Grade]] = {
             name: {"width": found, "channels": found} for name, found in readers.items() if isinstance(found, Grade)
         }
-        whole = not own and all(aspect in ("width", "channels", "weights") for _, aspect in resolved.aspects)
+        whole = not own and resolved.says_only("width", "channels", "weights")
         grades: dict[Aspect, Grade] = {
             "width": EXACT, "channels": EXACT, "sparsity": INSIDE, "mask": INSIDE, "bits": INSIDE, "arithmetic": INSIDE,
-            "weights": EXACT if whole else dropped("they fit only the model that the whole policy makes"),
+            "weights": final_weights(whole=whole),
             "rank": dropped("channel pruning leaves one layer one; AIMET's schemes of SVD choose factors themselves"),
         }  # fmt: skip
         files = {"aimet.json": json_bytes(content), "load.py": loader("aimet")}
@@ -59,13 +59,7 @@ def _pair(reader: LayerCut, made: bool) -> dict[str, object]:
     """A convolution whose inputs go, and the outputs that stay where it is the root of another such unit."""
     kept = list(reader.inputs.positions) if reader.inputs else []
     rows = list(reader.outputs.positions) if made and reader.outputs else None
-    return {"module": reader.name, "comp_ratio": ratio(len(kept), reader.shape[1]), "kept": kept, "rows": rows}
-
-
-def ratio(keep: int, of: int) -> float:
-    """A share of which AIMET's `int(of * share)` is `keep`, whatever floats do."""
-    share = keep / of
-    return share if int(of * share) == keep else math.nextafter(share, 1.0)
+    return {"module": reader.name, "comp_ratio": share(len(kept), reader.shape[1]), "kept": kept, "rows": rows}
 
 
 def _reader(resolved: Resolved, unit: UnitCut) -> LayerCut | Grade:
@@ -77,7 +71,7 @@ def _reader(resolved: Resolved, unit: UnitCut) -> LayerCut | Grade:
     read = [layer for layer in layers if layer not in made and len(layer.shape) > 1]
     if not all(layer.kind == "Conv2d" for layer in (*made, *read)) or unit.decision.kind != "channels":
         return LINEAR
-    makers = [layer for layer in made if not (layer.groups == layer.shape[0] and layer.shape[1] == 1)]
+    makers = [layer for layer in made if not layer.is_depthwise]
     if any(layer.groups > 1 for layer in (*makers, *read)):
         return GROUPED
     if len(makers) != 1 or len(read) != 1 or read[0].inputs is None:

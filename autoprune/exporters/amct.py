@@ -88,11 +88,7 @@ def _text(resolved: Resolved, ratios: dict[str, float], halved: list[str]) -> st
                if cut.kind in PRUNABLE and not _depthwise(cut) and cut.name not in ratios]  # fmt: skip
     overrides = {layer: _filters(ratio) for layer, ratio in ratios.items()} | dict.fromkeys(halved, _halves())
     order = [name for name in resolved.layers if name in overrides]
-    parts = (
-        [f"prune_config {{\n{_indented(_filters(DEFAULT))}}}\n"]
-        if ratios
-        else [f"prune_config {{\n{_indented(_halves())}}}\n"]
-    )
+    parts = [f"prune_config {{\n{_indented(_filters(DEFAULT) if ratios else _halves())}}}\n"]
     parts += [f'regular_prune_skip_layers: "{name}"\n' for name in skipped if name not in overrides]
     parts += [f'override_layer_configs {{\n  layer_name: "{name}"\n  prune_config {{\n'
               f"{_indented(overrides[name], 4)}  }}\n}}\n" for name in order]  # fmt: skip

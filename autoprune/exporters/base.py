@@ -67,6 +67,11 @@ def dropped(why: str) -> Grade:
     return Grade("dropped", why)
 
 
+def final_weights(*, whole: bool) -> Grade:
+    """Mended values that are written down if, and only if, the `whole` policy is: they fit no other model."""
+    return EXACT if whole else dropped("they fit only the model that the whole policy makes")
+
+
 @dataclass(frozen=True, slots=True)
 class Remark:
     """What became of one aspect of one unit's decision (or of the model's, `MODEL`)."""
@@ -103,17 +108,6 @@ class Kept:
     of: int
     positions: tuple[int, ...]
 
-    @property
-    def removed(self) -> tuple[int, ...]:
-        """The others, ascending."""
-        stays = set(self.positions)
-        return tuple(position for position in range(self.of) if position not in stays)
-
-    @property
-    def sparsity(self) -> float:
-        """The removed share."""
-        return 1 - len(self.positions) / self.of
-
 
 @dataclass(frozen=True, slots=True)
 class LayerCut:
@@ -138,6 +132,21 @@ class LayerCut:
     def weight(self) -> str:
         """Its weight's name in the state dict."""
         return f"{self.name}.weight"
+
+    @property
+    def pattern(self) -> str:
+        """Of the zeros in its weight; empty where there are none."""
+        return self.decision.pattern if self.decision is not None else ""
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether rows, columns or taps of its weight go."""
+        return self.inputs is not None or self.outputs is not None or self.kernel is not None
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether every output reads one input of its own."""
+        return self.groups > 1 and self.groups == self.shape[0] and self.shape[1] == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +200,6 @@ class Resolved:
     policy: Policy
     title: str
     """The policy file's name."""
-    factory: str
-    """Where the dense model comes from: `model.py:model`, `timm:resnet18`."""
     units: tuple[UnitCut, ...]
     """Those that the policy changes, without what lies in dropped blocks, in its order."""
     layers: Mapping[str, LayerCut]
@@ -226,7 +233,7 @@ class Resolved:
             columns = _places(cut.inputs, 0)[: len(cut.inputs.positions) // cut.groups]
         sides = [cut.kernel or side for side in cut.shape[2:]]
         stays = torch.ones(len(rows), len(columns), *sides, dtype=torch.bool)
-        if cut.decision is not None and cut.decision.pattern:
+        if cut.pattern:
             stays = self.model.get_parameter(cut.weight).detach() != 0
         around = [(whole - side) // 2 for whole, side in zip(cut.shape[2:], sides, strict=True)]
         stays = functional.pad(stays, [each for side in reversed(around) for each in (side, side)])
@@ -238,6 +245,10 @@ class Resolved:
         """Every part of the policy: what a fidelity report speaks of."""
         found: list[tuple[str, Aspect]] = [(unit.name, aspect) for unit in self.units for aspect in unit.aspects]
         return (*found, (MODEL, "weights")) if self.mended else tuple(found)
+
+    def says_only(self, *aspects: Aspect) -> bool:
+        """Whether the policy has no parts but these."""
+        return {aspect for _, aspect in self.aspects} <= set(aspects)
 
     def graded(
         self, grades: Mapping[Aspect, Grade], *, units: Mapping[str, Mapping[Aspect, Grade]] | None = None

@@ -5,6 +5,8 @@ For formats that mask weights and take nothing away. Does not know any tool.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,11 @@ def zeros_of(resolved: Resolved, layer: str) -> int:
     """How many weights of a layer are gone or zero, in its dense shape."""
     mask = resolved.mask(layer)
     return mask.numel() - int(mask.sum())
+
+
+def sparsity_of(resolved: Resolved, cut: LayerCut) -> float:
+    """The same as a share of all of the layer's weights."""
+    return zeros_of(resolved, cut.name) / math.prod(cut.shape)
 
 
 def sparse_layers(resolved: Resolved) -> list[LayerCut]:

@@ -8,7 +8,7 @@ from typing import Final, final
 
 from autoprune.core.pattern import parse_pattern
 from autoprune.errors import PolicyError
-from autoprune.exporters.base import EXACT, Aspect, Exported, Grade, LayerCut, Resolved, UnitCut, approximated, dropped
+from autoprune.exporters.base import EXACT, Aspect, Exported, Grade, Resolved, UnitCut, approximated, dropped
 from autoprune.exporters.dense_shape import zeros_of
 from autoprune.exporters.texts import comment, yaml_bytes
 
@@ -92,7 +92,7 @@ def _blocks(resolved: Resolved, unit: UnitCut) -> Pruner | None:
     if not unit.decision.pattern:
         return None
     cut, pattern = resolved.layers[unit.layers[0]], parse_pattern(unit.decision.pattern)
-    if pattern.kind != "block" or _cut_off(cut) or len(cut.shape) != 4:
+    if pattern.kind != "block" or cut.is_cut or len(cut.shape) != 4:
         return None
     if pattern.columns > 1 or cut.shape[0] % pattern.rows:
         return None
@@ -104,10 +104,6 @@ def _blocks(resolved: Resolved, unit: UnitCut) -> Pruner | None:
         "weights": [f"{PREFIX}{cut.weight}"],
         "kwargs": {"block_shape": [pattern.rows, pattern.columns, 1, 1]},
     }
-
-
-def _cut_off(cut: LayerCut) -> bool:
-    return cut.inputs is not None or cut.outputs is not None or cut.kernel is not None
 
 
 def _share(resolved: Resolved, unit: UnitCut) -> float:
@@ -126,7 +122,7 @@ def _sparse(resolved: Resolved, unit: UnitCut, taken: set[str], blocks: Mapping[
     cut = resolved.layers[unit.layers[0]]
     if cut.name in taken:
         return {"sparsity": dropped("a weight has one pruner: its filters'"), "mask": OWN_CHOICE}
-    if _cut_off(cut):
+    if cut.is_cut:
         return {"sparsity": approximated("one share, with what is cut off the layer"), "mask": OWN_CHOICE}
     exact = unit.name in blocks or parse_pattern(unit.decision.pattern).kind == "unstructured"
     return {"sparsity": EXACT if exact else approximated("the share alone, anywhere"), "mask": OWN_CHOICE}

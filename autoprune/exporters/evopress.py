@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from autoprune.errors import PolicyError
 from autoprune.exporters.base import EXACT, Aspect, Exported, Grade, LayerCut, Resolved, UnitCut, approximated, dropped
-from autoprune.exporters.dense_shape import in_place, sparse_layers, zeros_of
+from autoprune.exporters.dense_shape import in_place, sparse_layers, sparsity_of, zeros_of
 from autoprune.exporters.loaders import loader
 from autoprune.exporters.texts import about, json_bytes, state_bytes
 
@@ -64,7 +64,7 @@ def _levels(resolved: Resolved, sparse: list[LayerCut], head: dict[str, str]) ->
     zeros = {cut.name: zeros_of(resolved, cut.name) for cut in sparse}
     step = math.gcd(*zeros.values())
     levels = {name: count // step for name, count in zeros.items()}
-    shares = {name: round(count / resolved.mask(name).numel(), 6) for name, count in zeros.items()}
+    shares = {cut.name: round(sparsity_of(resolved, cut), 6) for cut in sparse}
     grid = {"sparsity": 0.0, "weights_diff": step, "num_levels": max(levels.values())}
     return {
         "levels.txt": "".join(f"{name}: {level}\n" for name, level in levels.items()).encode(),

@@ -77,8 +77,8 @@ def _sparsities(linear: list[LayerCut], resolved: Resolved) -> dict[str, object]
     """Groups of modifiers; layers in the model's order, which is that of the sparsities."""
     alike: dict[tuple[str, str], dict[str, float]] = {}
     for layer in linear:
-        if layer.decision is not None and layer.decision.pattern:
-            pattern = parse_pattern(layer.decision.pattern)
+        if layer.pattern:
+            pattern = parse_pattern(layer.pattern)
             key = (_method(layer), _structure(layer, pattern))
             alike.setdefault(key, {})[layer.name] = _share(layer, pattern, resolved, *key)
     return {

@@ -34,10 +34,10 @@ def dense_state(resolved: Resolved) -> dict[str, Tensor]:
     }
 
 
-def share(removed: int, of: int) -> float:
-    """`removed / of`, so that a tool that takes `int(share * of)` removes just as many."""
-    found = removed / of
-    return found if int(found * of) == removed else math.nextafter(found, 1.0)
+def share(part: int, of: int) -> float:
+    """`part / of`, so that a tool that takes `int(share * of)` takes just as many."""
+    found = part / of
+    return found if int(found * of) == part else math.nextafter(found, 1.0)
 
 
 def zeros(mask: Tensor) -> float:

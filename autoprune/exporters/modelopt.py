@@ -8,7 +8,7 @@ from typing import Final, final
 from torch import nn
 
 from autoprune.errors import PolicyError
-from autoprune.exporters.base import EXACT, Aspect, Exported, Grade, LayerCut, Resolved, UnitCut, dropped
+from autoprune.exporters.base import EXACT, Aspect, Exported, Grade, LayerCut, Resolved, UnitCut, dropped, final_weights
 from autoprune.exporters.loaders import loader
 from autoprune.exporters.texts import about, comment, json_bytes, state_bytes, yaml_bytes
 
@@ -43,7 +43,7 @@ class ModelOpt:
         subnet |= {f"{name}.depth": depth for name, depth in depths.items()}
         if not subnet:
             raise PolicyError(f"{resolved.title}: no layer is narrowed and no last block goes; ModelOpt selects sizes")
-        fits = all(aspect in ("width", "channels", "kernel", "depth", "weights") for _, aspect in resolved.aspects)
+        fits = resolved.says_only("width", "channels", "kernel", "depth", "weights")
         own = {unit.name: _own(resolved, unit, out, depths) for unit in resolved.units}
         whole = fits and not any(grade.level == "dropped" for grades in own.values() for grade in grades.values())
         content = {
@@ -56,9 +56,8 @@ class ModelOpt:
         if sizes := export_config(resolved):
             head = comment(resolved, self.tested) + MINITRON
             files["minitron.yaml"] = yaml_bytes({"export_config": sizes}, head=head)
-        weights = EXACT if whole else dropped("they fit only the model that the whole policy makes")
         grades: dict[Aspect, Grade] = {
-            "width": EXACT, "channels": EXACT, "kernel": EXACT, "weights": weights,
+            "width": EXACT, "channels": EXACT, "kernel": EXACT, "weights": final_weights(whole=whole),
             "sparsity": INSIDE, "mask": INSIDE, "bits": INSIDE, "arithmetic": INSIDE, "rank": INSIDE,
         }  # fmt: skip
         return Exported(files, resolved.graded(grades, units=own))
@@ -96,14 +95,10 @@ def _sides(layer: LayerCut) -> tuple[str, str]:
     return ("in_features", "out_features") if layer.kind == "Linear" else ("in_channels", "out_channels")
 
 
-def _depthwise(layer: LayerCut) -> bool:
-    return layer.groups > 1 and layer.groups == layer.shape[0] and layer.shape[1] == 1
-
-
 def _owners(resolved: Resolved, layer: LayerCut) -> tuple[list[UnitCut], list[UnitCut]]:
     """The units that a layer's inputs and outputs are narrowed with."""
     touching = [unit for unit in resolved.units if unit.narrows and layer.name in unit.layers]
-    if len(layer.shape) == 1 or _depthwise(layer):
+    if len(layer.shape) == 1 or layer.is_depthwise:
         return touching, touching
     made = [unit for unit in touching if layer.name in (unit.producers or {})]
     read = [unit for unit in touching if unit not in made]
@@ -112,7 +107,7 @@ def _owners(resolved: Resolved, layer: LayerCut) -> tuple[list[UnitCut], list[Un
 
 def _left_out(resolved: Resolved) -> set[str]:
     """Narrowed units that ModelOpt's layers cannot follow, and those that share a side of a layer with such a unit."""
-    grouped = {layer.name for layer in resolved.layers.values() if layer.groups > 1 and not _depthwise(layer)}
+    grouped = {layer.name for layer in resolved.layers.values() if layer.groups > 1 and not layer.is_depthwise}
     opaque = [*resolved.surgery.plain, *(name.rpartition(".")[0] for name in resolved.surgery.slices)]
     opaque = [name for name in opaque if name not in resolved.layers]
     out = {
@@ -139,7 +134,7 @@ def _within(layer: str, modules: list[str]) -> bool:
 def _kept(resolved: Resolved, out: set[str]) -> Iterator[tuple[str, list[int]]]:
     """What stays of each side of each layer, as ModelOpt calls it, without what belongs to the units `out`."""
     for layer in resolved.layers.values():
-        cuts = (layer.outputs if _depthwise(layer) else layer.inputs, layer.outputs)
+        cuts = (layer.outputs if layer.is_depthwise else layer.inputs, layer.outputs)
         for name, cut, units in zip(_sides(layer), cuts, _owners(resolved, layer), strict=True):
             if not units or out & {unit.name for unit in units}:
                 continue

@@ -11,14 +11,24 @@ from torch import Tensor
 
 from autoprune.core.pattern import Pattern, parse_pattern
 from autoprune.errors import PolicyError
-from autoprune.exporters.base import EXACT, Aspect, Exported, Grade, LayerCut, Resolved, UnitCut, approximated, dropped
+from autoprune.exporters.base import (
+    EXACT,
+    Aspect,
+    Exported,
+    Grade,
+    LayerCut,
+    Resolved,
+    UnitCut,
+    approximated,
+    dropped,
+    final_weights,
+)
 from autoprune.exporters.loaders import loader
 from autoprune.exporters.masks import dense_state, layer_masks, share, zeros
 from autoprune.exporters.texts import about, json_bytes, state_bytes
 
 _MOST: Final = 0.98
 """What the tool lets a layer lose, unless told otherwise."""
-_SAYABLE: Final = ("width", "channels", "sparsity", "mask", "kernel", "weights")
 
 
 @final
@@ -65,7 +75,7 @@ class NeuralCompressor:
 
 
 def _grades(resolved: Resolved) -> dict[Aspect, Grade]:
-    beyond = {aspect for _, aspect in resolved.aspects} - set(_SAYABLE)
+    whole = resolved.says_only("width", "channels", "sparsity", "mask", "kernel", "weights")
     return {
         "width": approximated("outputs are set to zero, and layers keep their size"),
         "channels": EXACT,
@@ -77,7 +87,7 @@ def _grades(resolved: Resolved) -> dict[Aspect, Grade]:
         "arithmetic": dropped("its pruning does not quantise"),
         "rank": dropped("zeros cannot make two layers of one"),
         "resolution": dropped("zeros cannot resize an input"),
-        "weights": dropped("they fit only the model that the whole policy makes") if beyond else EXACT,
+        "weights": final_weights(whole=whole),
     }
 
 
@@ -121,14 +131,12 @@ def _outputs(unit: UnitCut, resolved: Resolved) -> Iterator[dict[str, object]]:
 
 
 def _sparse(layer: LayerCut) -> bool:
-    return layer.decision is not None and bool(layer.decision.pattern) and not layer.gone
+    return bool(layer.pattern) and not layer.gone
 
 
 def _inside(layer: LayerCut, masks: Mapping[str, Tensor]) -> dict[str, object]:
     """Zeros inside one layer: in its pattern, where the layer is whole and divides into it, else as many anywhere."""
-    assert layer.decision is not None
-    whole = layer.inputs is None and layer.outputs is None and layer.kernel is None
-    said = _pattern(layer, parse_pattern(layer.decision.pattern)) if whole else None
+    said = None if layer.is_cut else _pattern(layer, parse_pattern(layer.pattern))
     text, target = said or ("1x1", zeros(masks[layer.weight]))
     return _entry([layer.name], text, target)
 

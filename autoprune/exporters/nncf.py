@@ -10,8 +10,8 @@ from torch import Tensor
 
 from autoprune.errors import PolicyError
 from autoprune.exporters.base import EXACT, Aspect, Exported, Grade, Resolved, approximated, dropped
-from autoprune.exporters.dense_shape import in_place
 from autoprune.exporters.loaders import loader
+from autoprune.exporters.masks import dense_state
 from autoprune.exporters.texts import about, json_bytes, state_bytes
 
 GRADES: Final[Mapping[Aspect, Grade]] = {
@@ -44,7 +44,7 @@ class Nncf:
 
     def export(self, resolved: Resolved) -> Exported:
         """Zeros exactly; channels, kernels and blocks as zeros; rounded values as floats; no ranks."""
-        state = dense_state(resolved)
+        state = _zeroed_state(resolved)
         zeros = {name: _share(state[resolved.layers[name].weight]) for name in _pruned(resolved)}
         zeros = {name: share for name, share in zeros.items() if share}
         if not zeros:
@@ -62,32 +62,25 @@ def _pruned(resolved: Resolved) -> list[str]:
     return [
         layer.name
         for layer in resolved.layers.values()
-        if len(layer.shape) > 1
-        and (
-            layer.gone or layer.inputs is not None or layer.outputs is not None or layer.kernel is not None
-            or (layer.decision is not None and layer.decision.pattern)
-        )
-    ]  # fmt: skip
+        if len(layer.shape) > 1 and (layer.gone or layer.is_cut or layer.pattern)
+    ]
 
 
 def _share(weight: Tensor) -> float:
     return int((weight == 0).sum()) / weight.numel()
 
 
-def dense_state(resolved: Resolved) -> dict[str, Tensor]:
+def _zeroed_state(resolved: Resolved) -> dict[str, Tensor]:
     """The cut model's state in the dense model's shapes: what does not count is zero, in layers and dropped blocks.
 
     A dropped block adds nothing to its shortcut, then: its norms have neither scale nor shift.
     """
-    final, parameters = resolved.model.state_dict(), dict(resolved.dense.named_parameters(remove_duplicate=False))
-    found: dict[str, Tensor] = {}
-    for name, tensor in resolved.dense.state_dict().items():
-        if name in final:
-            found[name] = in_place(resolved, name)
-        else:
-            gone = name in resolved.surgery.gone and name in parameters
-            found[name] = torch.zeros_like(tensor) if gone else tensor.clone()
+    parameters = dict(resolved.dense.named_parameters(remove_duplicate=False))
+    found = dense_state(resolved)
+    for name in resolved.surgery.gone:
+        if name in parameters:
+            found[name] = torch.zeros_like(found[name])
     for layer in resolved.layers.values():
         if layer.weight in found and len(layer.shape) > 1:
-            found[layer.weight] *= resolved.mask(layer.name)
+            found[layer.weight] = found[layer.weight] * resolved.mask(layer.name)
     return found

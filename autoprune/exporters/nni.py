@@ -21,13 +21,13 @@ from autoprune.exporters.base import (
     UnitCut,
     approximated,
     dropped,
+    final_weights,
 )
 from autoprune.exporters.loaders import loader
 from autoprune.exporters.masks import dense_state, layer_masks, share, zeros
 from autoprune.exporters.texts import about, json_bytes, state_bytes
 
 _MASKED: Final = approximated("set to zero by masks: NNI's speedup cannot cut here")
-_SAYABLE: Final = ("width", "channels", "depth", "sparsity", "mask", "kernel", "weights")
 
 
 @final
@@ -48,11 +48,9 @@ class NNI:
         found = _needed(layer_masks(resolved, gone=True), self.name)
         cuts = _cuts(resolved) and _traced(resolved.dense)
         depth = approximated("the block's weights are masked, and its layers stay")
-        entries = [
-            *_groups(resolved),
-            *_zeros(resolved, found, {name for each in _groups(resolved) for name in _ops(each)}),
-        ]
-        content = {**about(resolved, self.tested), "cut": cuts, "config_list": entries}
+        groups = _groups(resolved)
+        inside = _zeros(resolved, found, {name for each in groups for name in _ops(each)})
+        content = {**about(resolved, self.tested), "cut": cuts, "config_list": [*groups, *inside]}
         return _exported(resolved, found, content, "nni", _graded(resolved, depth, cuts=cuts))
 
 
@@ -128,8 +126,8 @@ def _traced(model: torch.nn.Module) -> bool:
 
 
 def _graded(resolved: Resolved, depth: Grade, *, cuts: bool) -> Fidelity:
-    aspects = {aspect for _, aspect in resolved.aspects}
-    beyond = aspects - set(_SAYABLE) or ("depth" in aspects and depth.level == "dropped")
+    masks: tuple[Aspect, ...] = ("width", "channels", "sparsity", "mask", "kernel", "weights")
+    whole = resolved.says_only(*masks, *(("depth",) if depth.level != "dropped" else ()))
     grades: dict[Aspect, Grade] = {
         "width": EXACT if cuts else _MASKED,
         "channels": EXACT,
@@ -141,7 +139,7 @@ def _graded(resolved: Resolved, depth: Grade, *, cuts: bool) -> Fidelity:
         "arithmetic": dropped("its pruners do not quantise"),
         "rank": dropped("a mask cannot make two layers of one"),
         "resolution": dropped("a mask cannot resize an input"),
-        "weights": dropped("they fit only the model that the whole policy makes") if beyond else EXACT,
+        "weights": final_weights(whole=whole),
     }
     return resolved.graded(grades)
 
@@ -192,20 +190,19 @@ def _run(unit: UnitCut, rows: int, gone: tuple[int, ...]) -> int:
 def _sparse(resolved: Resolved, narrowed: set[str]) -> Iterator[tuple[str, LayerCut]]:
     """Layers with zeros inside, but for those that lose outputs, too: a pruner takes one entry a layer."""
     for name, layer in resolved.layers.items():
-        if layer.decision is not None and layer.decision.pattern and not layer.gone and name not in narrowed:
+        if layer.pattern and not layer.gone and name not in narrowed:
             yield name, layer
 
 
 def _zeros(resolved: Resolved, found: Mapping[str, Tensor], narrowed: set[str]) -> Iterator[dict[str, object]]:
     for name, layer in _sparse(resolved, narrowed):
-        assert layer.decision is not None
         entry: dict[str, object] = {
             "op_names": [name],
             "sparse_ratio": zeros(found[layer.weight]),
             "granularity": [1] * len(layer.shape),
         }
         if layer.inputs is None and layer.kernel is None:
-            entry |= _pattern(layer, parse_pattern(layer.decision.pattern))
+            entry |= _pattern(layer, parse_pattern(layer.pattern))
         yield entry
 
 

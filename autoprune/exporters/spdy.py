@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final, final
 
 from autoprune.core.pattern import parse_pattern
 from autoprune.errors import PolicyError
 from autoprune.exporters.base import EXACT, Aspect, Exported, Grade, LayerCut, Resolved, UnitCut, approximated, dropped
-from autoprune.exporters.dense_shape import zeros_of
+from autoprune.exporters.dense_shape import sparsity_of, zeros_of
 
 LAYERS: Final = ("Conv2d", "Linear")
 """Classes of layers that SPDY finds."""
@@ -48,17 +49,16 @@ def _said(cut: LayerCut) -> bool:
 
 def _sparsity(resolved: Resolved, cut: LayerCut) -> str:
     """Four digits, and never all of a layer: SPDY puts `0.` before a file's name."""
-    return f"{min(zeros_of(resolved, cut.name) / resolved.mask(cut.name).numel(), 0.9999):.4f}"
+    return f"{min(sparsity_of(resolved, cut), 0.9999):.4f}"
 
 
 def _sparse(resolved: Resolved, unit: UnitCut) -> dict[Aspect, Grade]:
     cut = resolved.layers[unit.layers[0]]
     if not _said(cut):
         return {"sparsity": dropped("SPDY prunes Conv2d and Linear layers")}
-    if cut.inputs or cut.outputs or cut.kernel:
+    if cut.is_cut:
         return {"sparsity": approximated("one share, with what is cut off the layer")}
     if parse_pattern(unit.decision.pattern).kind != "unstructured":
         return {"sparsity": approximated("the share alone: a database has one pattern")}
-    size = resolved.mask(cut.name).numel()
-    same = round(float(_sparsity(resolved, cut)) * size) == zeros_of(resolved, cut.name)
+    same = round(float(_sparsity(resolved, cut)) * math.prod(cut.shape)) == zeros_of(resolved, cut.name)
     return {"sparsity": EXACT if same else approximated("rounded to four digits")}

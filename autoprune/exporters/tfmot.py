@@ -6,8 +6,8 @@ from typing import Final, final
 
 from autoprune.core.pattern import parse_pattern
 from autoprune.errors import PolicyError
-from autoprune.exporters.base import EXACT, Aspect, Exported, Grade, LayerCut, Resolved, UnitCut, approximated, dropped
-from autoprune.exporters.dense_shape import zeros_of
+from autoprune.exporters.base import EXACT, Aspect, Exported, Grade, LayerCut, Resolved, approximated, dropped
+from autoprune.exporters.dense_shape import sparsity_of
 from autoprune.exporters.loaders import loader
 from autoprune.exporters.texts import about, json_bytes
 
@@ -30,14 +30,11 @@ class TFMOT:
 
     def export(self, resolved: Resolved) -> Exported:
         """Zeros of whole layers. Raises PolicyError where no layer has a pattern."""
-        sparse = [resolved.layers[unit.layers[0]] for unit in resolved.units if unit.decision.pattern]
-        said = {cut.name: _arguments(resolved, cut) for cut in sparse if len(cut.shape) in (2, 4)}
+        sparse = {unit.name: resolved.layers[unit.layers[0]] for unit in resolved.units if unit.decision.pattern}
+        said = {cut.name: _arguments(resolved, cut) for cut in sparse.values() if len(cut.shape) in (2, 4)}
         if not said:
             raise PolicyError(f"{resolved.title}: has no zeros inside layers, and tfmot knows nothing else")
-        sparse_units = [unit for unit in resolved.units if unit.decision.pattern]
-        units: dict[str, dict[Aspect, Grade]] = {
-            unit.name: {"sparsity": _sparsity(resolved, unit)} for unit in sparse_units
-        }
+        units: dict[str, dict[Aspect, Grade]] = {name: {"sparsity": _sparsity(cut)} for name, cut in sparse.items()}
         grades: dict[Aspect, Grade] = {
             "width": NARROWED, "channels": NARROWED, "depth": NARROWED, "kernel": NARROWED, "mask": OWN_ZEROS,
             "weights": dropped("a Keras model has its own"),
@@ -51,27 +48,19 @@ class TFMOT:
 
 def _arguments(resolved: Resolved, cut: LayerCut) -> dict[str, object]:
     """Of the layer as it is when the policy's channels stay: its pattern, or the share that is zero."""
-    assert cut.decision is not None
-    pattern = parse_pattern(cut.decision.pattern)
+    pattern = parse_pattern(cut.pattern)
     if pattern.kind == "n:m":
         return {"sparsity": pattern.sparsity, "sparsity_m_by_n": [pattern.columns - pattern.keep, pattern.columns]}
     if pattern.kind == "block" and len(cut.shape) == 2:
         return {"sparsity": pattern.sparsity, "block_size": [pattern.columns, pattern.rows]}
-    if _cut_off(cut):
-        return {"sparsity": pattern.sparsity}
-    return {"sparsity": zeros_of(resolved, cut.name) / resolved.mask(cut.name).numel()}
+    return {"sparsity": pattern.sparsity if cut.is_cut else sparsity_of(resolved, cut)}
 
 
-def _cut_off(cut: LayerCut) -> bool:
-    return cut.inputs is not None or cut.outputs is not None or cut.kernel is not None
-
-
-def _sparsity(resolved: Resolved, unit: UnitCut) -> Grade:
-    cut = resolved.layers[unit.layers[0]]
+def _sparsity(cut: LayerCut) -> Grade:
     if len(cut.shape) not in (2, 4):
         return dropped("tfmot prunes convolutions and dense layers")
-    if parse_pattern(unit.decision.pattern).kind == "block" and len(cut.shape) != 2:
+    if parse_pattern(cut.pattern).kind == "block" and len(cut.shape) != 2:
         return approximated("the share alone: it knows blocks of dense layers")
-    if _cut_off(cut):
+    if cut.is_cut:
         return approximated("of the whole layer: what is cut off it stays")
     return EXACT

@@ -6,13 +6,22 @@ from typing import Final, final
 
 from autoprune.core.pattern import Pattern, parse_pattern
 from autoprune.errors import PolicyError
-from autoprune.exporters.base import EXACT, Aspect, Exported, Grade, LayerCut, Resolved, approximated, dropped
-from autoprune.exporters.dense_shape import in_place, sparse_layers, zeros_of
+from autoprune.exporters.base import (
+    EXACT,
+    Aspect,
+    Exported,
+    Grade,
+    LayerCut,
+    Resolved,
+    approximated,
+    dropped,
+    final_weights,
+)
+from autoprune.exporters.dense_shape import in_place, sparse_layers, sparsity_of
 from autoprune.exporters.loaders import loader
 from autoprune.exporters.texts import about, json_bytes, state_bytes
 
 AS_ZEROS: Final = approximated("as zeros: its masks leave every shape as it is")
-SAID: Final = ("width", "channels", "sparsity", "mask", "kernel", "weights")
 
 
 @final
@@ -34,7 +43,7 @@ class TorchAO:
         sparse = [cut for cut in sparse_layers(resolved) if cut.weight in resolved.dense.state_dict()]
         if not sparse:
             raise PolicyError(f"{resolved.title}: no weight of it is zero, and torch.ao.pruning knows masks alone")
-        whole = all(aspect in SAID for _, aspect in resolved.aspects)
+        whole = resolved.says_only("width", "channels", "sparsity", "mask", "kernel", "weights")
         content = {**about(resolved, self.tested), "config": [_entry(resolved, cut) for cut in sparse]}
         files = {
             "sparsity.json": json_bytes(content),
@@ -43,10 +52,9 @@ class TorchAO:
         }
         if whole and resolved.mended:
             files["state.pt"] = state_bytes({name: in_place(resolved, name) for name in resolved.mended})
-        weights = EXACT if whole else dropped("they fit only the model that the whole policy makes")
         grades: dict[Aspect, Grade] = {
             "width": AS_ZEROS, "channels": EXACT, "kernel": AS_ZEROS, "sparsity": EXACT, "mask": EXACT,
-            "weights": weights,
+            "weights": final_weights(whole=whole),
             "depth": dropped("a mask of weights leaves a block's biases and norms"),
         }  # fmt: skip
         return Exported(files, resolved.graded(grades))
@@ -54,8 +62,7 @@ class TorchAO:
 
 def _entry(resolved: Resolved, cut: LayerCut) -> dict[str, object]:
     pattern = _own_pattern(cut)
-    zeros = zeros_of(resolved, cut.name)
-    level, shape, each = zeros / resolved.mask(cut.name).numel(), [1, 1], 1
+    level, shape, each = sparsity_of(resolved, cut), [1, 1], 1
     if pattern is not None and pattern.kind == "n:m":
         level, shape, each = 1.0, [1, pattern.columns], pattern.columns - pattern.keep
     elif pattern is not None and pattern.kind == "block":
@@ -67,5 +74,4 @@ def _entry(resolved: Resolved, cut: LayerCut) -> dict[str, object]:
 
 def _own_pattern(cut: LayerCut) -> Pattern | None:
     """Of zeros alone: where channels or a kernel's rim go too, the zeros have none."""
-    whole = cut.inputs is None and cut.outputs is None and cut.kernel is None
-    return parse_pattern(cut.decision.pattern) if whole and cut.decision is not None and cut.decision.pattern else None
+    return parse_pattern(cut.pattern) if cut.pattern and not cut.is_cut else None

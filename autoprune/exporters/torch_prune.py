@@ -9,14 +9,12 @@ from torch import Tensor
 from torch.nn.utils import prune
 
 from autoprune.errors import PolicyError
-from autoprune.exporters.base import EXACT, Aspect, Exported, Grade, Resolved, approximated, dropped
+from autoprune.exporters.base import EXACT, Aspect, Exported, Grade, Resolved, approximated, final_weights
 from autoprune.exporters.dense_shape import in_place, parameter_masks
 from autoprune.exporters.loaders import loader
 from autoprune.exporters.texts import comment, state_bytes, yaml_bytes
 
 AS_ZEROS: Final = approximated("as zeros: masks leave every shape as it is")
-SAID: Final = ("width", "channels", "depth", "sparsity", "mask", "kernel", "weights")
-"""With these alone the masked model does what the cut one does."""
 
 
 @final
@@ -37,7 +35,8 @@ class TorchPrune:
         masks = parameter_masks(resolved)
         if not masks:
             raise PolicyError(f"{resolved.title}: no weight of it is zero, and torch.nn.utils.prune knows masks alone")
-        whole = all(aspect in SAID for _, aspect in resolved.aspects)
+        # With these alone the masked model does what the cut one does.
+        whole = resolved.says_only("width", "channels", "depth", "sparsity", "mask", "kernel", "weights")
         files = {
             "prune.yaml": yaml_bytes([_call(resolved, name, mask) for name, mask in masks.items()],
                                      head=comment(resolved, self.tested)),
@@ -46,10 +45,9 @@ class TorchPrune:
         }  # fmt: skip
         if whole and resolved.mended:
             files["state.pt"] = state_bytes({name: in_place(resolved, name) for name in resolved.mended})
-        weights = EXACT if whole else dropped("they fit only the model that the whole policy makes")
         grades: dict[Aspect, Grade] = {
             "width": AS_ZEROS, "channels": EXACT, "kernel": AS_ZEROS, "sparsity": EXACT, "mask": EXACT,
-            "weights": weights,
+            "weights": final_weights(whole=whole),
             "depth": approximated("as zeros: a dropped block still runs and adds nothing"),
         }  # fmt: skip
         return Exported(files, resolved.graded(grades))

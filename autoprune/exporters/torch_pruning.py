@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import final
 
-from autoprune.exporters.base import EXACT, Aspect, Exported, Grade, Resolved, UnitCut, dropped
+from autoprune.exporters.base import EXACT, Aspect, Exported, Grade, Resolved, UnitCut, dropped, final_weights
 from autoprune.exporters.loaders import loader
 from autoprune.exporters.texts import about, json_bytes, state_bytes
 
@@ -28,7 +28,7 @@ class TorchPruning:
         narrowed = [unit for unit in resolved.units if unit.narrows]
         refused = {unit.name: why for unit in narrowed if (why := _refusal(unit, resolved)) is not None}
         told = [unit for unit in narrowed if unit.name not in refused]
-        whole = not refused and all(aspect in ("width", "channels", "weights") for _, aspect in resolved.aspects)
+        whole = not refused and resolved.says_only("width", "channels", "weights")
         content = {
             **about(resolved, self.tested),
             "pruning_ratio_dict": {unit.name: 1 - unit.decision.keep / unit.decision.of for unit in told},
@@ -43,11 +43,10 @@ class TorchPruning:
         files = {"pruning.json": json_bytes(content), "load.py": loader("torch_pruning")}
         if whole and resolved.mended:
             files["state.pt"] = state_bytes(resolved.model.state_dict())
-        weights = EXACT if whole else dropped("they fit only the model that the whole policy makes")
         own: dict[str, dict[Aspect, Grade]] = {
             name: {"width": dropped(why), "channels": dropped(why)} for name, why in refused.items()
         }
-        grades: dict[Aspect, Grade] = {"width": EXACT, "channels": EXACT, "weights": weights}
+        grades: dict[Aspect, Grade] = {"width": EXACT, "channels": EXACT, "weights": final_weights(whole=whole)}
         return Exported(files, resolved.graded(grades, units=own))
 
 

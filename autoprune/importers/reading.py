@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Final, final
 
+from autoprune.core.pattern import percent
 from autoprune.errors import PolicyError, listed
 from autoprune.importers.base import Amount, Found, Side, Wanted, Zeros
 from autoprune.problems import given
@@ -100,9 +101,9 @@ class Reading:
         self, share: float, where: str, *, block: tuple[int, int] | None = None, parts: int | None = None
     ) -> Zeros | None:
         """A share of a layer's weights (of each of its parts), or of their blocks (outputs, inputs), as a pattern."""
-        written = f"{100 * share:.6f}".rstrip("0").rstrip(".")
+        written = percent(share)
         try:
-            return Zeros(f"{block[0]}x{block[1]} {written}%" if block else f"{written}%", parts)
+            return Zeros(f"{block[0]}x{block[1]} {written}" if block else written, parts)
         except ValueError:
             self.wrong(where, share, "a share whose last weight stays")
             return None

@@ -50,9 +50,7 @@ def data_of(content: bytes, *, name: str) -> object:
     says_yaml = name.lower().endswith((".yaml", ".yml"))
     if name.lower().endswith(".json") or (text.lstrip()[:1] in ("{", "[") and not says_yaml):
         return _json(text, name=name)
-    value = yamls.parse(text, name=name, error=PolicyError)
-    _check(value, name=name)
-    return value
+    return yamls.parse(text, name=name, error=PolicyError)
 
 
 def rows_of(content: bytes, *, name: str) -> Iterator[tuple[int, list[str]]]:
@@ -109,7 +107,7 @@ def _check(value: object, *, name: str) -> None:
     for _ in range(yamls.DEPTH_LIMIT + 1):
         for each in level:
             texts = list(each) if isinstance(each, dict) else [each]
-            broken = next((text for text in texts if isinstance(text, str) and not _is_unicode(text)), None)
+            broken = next((text for text in texts if isinstance(text, str) and not yamls.is_unicode(text)), None)
             if broken is not None:
                 raise PolicyError(f"{name}: {given(broken)} holds half a character (a lone surrogate)")
         level = [
@@ -121,7 +119,3 @@ def _check(value: object, *, name: str) -> None:
         if not level:
             return
     raise PolicyError(f"{name}: is nested deeper than {yamls.DEPTH_LIMIT} levels")
-
-
-def _is_unicode(text: str) -> bool:
-    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)

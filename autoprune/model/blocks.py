@@ -19,8 +19,9 @@ from torch.nn import functional
 
 from autoprune.model.branches import branches
 from autoprune.model.compare import agree
-from autoprune.model.observe import Call, Hook, calls, stream_of, watching
+from autoprune.model.observe import Call, Hook, calls, watching
 from autoprune.nest import tensors_of
+from autoprune.rebuilding import Dropped, replace_module
 
 Rest = Literal["identity", "relu", "zero"]
 """What stays of a dropped module: its input, its input after the activation that followed the addition, or nothing."""
@@ -56,30 +57,10 @@ class Block:
         return StandIn(self.name, self.rest, self.further), *self.idle
 
 
-class Dropped(nn.Module):
-    """Stands where a module was: hands the first tensor it is given on, or a zero that every shape can be added to."""
-
-    def __init__(self, rest: Rest, further: Further = None) -> None:
-        super().__init__()
-        self.rest = rest
-        self.further = further
-
-    def forward(self, *args: object, **kwargs: object) -> Tensor | tuple[Tensor | Constant, ...]:
-        """The tensor, or a tuple of it and what the module returned besides."""
-        x = stream_of(args, kwargs)
-        assert x is not None
-        if self.rest == "zero":
-            x = x.new_zeros(())
-        elif self.rest == "relu":
-            x = functional.relu(x)
-        return x if self.further is None else (x, *self.further)
-
-
 def put(model: nn.Module, stand_ins: Collection[StandIn]) -> None:
     """Replace modules of our own copy, in place."""
     for each in stand_ins:
-        parent, _, child = each.name.rpartition(".")
-        model.get_submodule(parent).register_module(child, Dropped(each.rest, each.further))
+        replace_module(model, each.name, Dropped(each.rest, each.further))
 
 
 def is_within(name: str, other: str) -> bool:

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from autoprune.model.blocks import Block, is_within, outermost, put
 from autoprune.model.coupling import CONVOLUTIONS, NORMS, Group, is_depthwise
-from autoprune.model.kernels import cropped, resize
 from autoprune.model.resolution import Size, resize_input
-from autoprune.rebuilding import set_number
+from autoprune.rebuilding import cropped, set_number, shrink
 
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
@@ -187,12 +186,6 @@ def _narrow_parameter(model: nn.Module, path: str, dim: int, indices: Tensor) ->
         module._init_flat_weights()
 
 
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put another module in a place of our own copy."""
-    parent, _, child = name.rpartition(".")
-    model.get_submodule(parent).register_module(child, module)
-
-
 def _narrow(layer: nn.Module, kept: Kept, mended: Mended | None) -> None:
     """Shrink one layer of our own copy in place."""
     if isinstance(layer, NORMS):
@@ -229,7 +222,7 @@ def _set_widths(layer: nn.Module, kept: Kept) -> None:
         layer.out_features = layer.out_features if kept.outputs is None else len(kept.outputs)
     elif isinstance(layer, CONVOLUTIONS):
         if kept.kernel is not None:
-            resize(layer, kept.kernel)
+            shrink(layer, tuple(kept.kernel for _ in layer.kernel_size))
         if kept.outputs is not None and is_depthwise(layer):
             layer.groups = layer.in_channels = len(kept.outputs)
         layer.in_channels = layer.in_channels if kept.inputs is None else len(kept.inputs)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from autoprune.model.coupling import CONVOLUTIONS, is_matrix
+from autoprune.model.coupling import is_matrix
+from autoprune.rebuilding import halves, replace_module
 
 
 def factor_layer(model: nn.Module, name: str, rank: int) -> nn.Sequential:
@@ -18,27 +17,12 @@ def factor_layer(model: nn.Module, name: str, rank: int) -> nn.Sequential:
     layer = model.get_submodule(name)
     assert is_matrix(layer)
     like = layer.weight
-    first, second = _two(layer, rank)
-    for part in (first, second):
-        part.to(device=like.device, dtype=like.dtype)
+    pair = halves(layer, rank).to(device=like.device, dtype=like.dtype)
     if layer.bias is not None:
-        assert second.bias is not None
-        second.bias.data = layer.bias.detach().clone()
-    pair = nn.Sequential(first, second).train(layer.training).requires_grad_(like.requires_grad)
-    parent, _, child = name.rpartition(".")
-    model.get_submodule(parent).register_module(child, pair)
+        pair[1].get_parameter("bias").data = layer.bias.detach().clone()
+    pair.train(layer.training).requires_grad_(like.requires_grad)
+    replace_module(model, name, pair)
     return pair
-
-
-def _two(layer: nn.Module, rank: int) -> tuple[nn.Module, nn.Module]:
-    biased = layer.bias is not None
-    if isinstance(layer, nn.Linear):
-        return nn.Linear(layer.in_features, rank, bias=False), nn.Linear(rank, layer.out_features, bias=biased)
-    assert isinstance(layer, CONVOLUTIONS)
-    make: Any = type(layer)  # of one, two or three dimensions, which its sizes have, too
-    window = {key: getattr(layer, key) for key in ("stride", "padding", "dilation", "padding_mode")}
-    first = make(layer.in_channels, rank, layer.kernel_size, bias=False, **window)
-    return first, make(rank, layer.out_channels, 1, bias=biased)
 
 
 def low_rank(weight: Tensor, moments: Tensor, scale: Tensor, rank: int) -> tuple[Tensor, Tensor]:

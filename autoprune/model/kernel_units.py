@@ -14,8 +14,9 @@ from autoprune.model.blocks import Block
 from autoprune.model.compare import same_outputs
 from autoprune.model.coupling import CONVOLUTIONS, Refused
 from autoprune.model.cut import cut, plan_cut
-from autoprune.model.kernels import LEAST, cropped, cut_sizes
+from autoprune.model.kernels import LEAST, cut_sizes
 from autoprune.model.observe import calls
+from autoprune.rebuilding import cropped
 
 
 def kernel_units(

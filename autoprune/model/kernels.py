@@ -1,4 +1,4 @@
-"""Kernels of convolutions: which can be cut to their middle, and cutting one. In our own copies only.
+"""Kernels of convolutions: which can be cut to their middle, and which of their taps that is.
 
 A kernel of side k that becomes one of side s loses (k - s) / 2 taps on each side, and the layer as much padding, so
 that every output reads the middle of what it read. Elastic kernel sizes: arXiv:1908.09791, section 3.2.
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from autoprune.model.coupling import CONVOLUTIONS
 
-Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 LEAST, SMALLEST = 5, 3
 """The least side of a kernel that is cut, and of one that is left."""
 
@@ -37,19 +36,3 @@ def middle(sides: tuple[int, ...], size: int) -> Tensor:
     for axis, side in enumerate(sides):
         places = places.narrow(axis, (side - size) // 2, size)
     return places.flatten()
-
-
-def cropped(weight: Tensor, size: int) -> Tensor:
-    """The middle, of side `size`, of the kernels of `weight` (outputs, inputs, *sides)."""
-    for axis in range(2, weight.ndim):
-        weight = weight.narrow(axis, (weight.shape[axis] - size) // 2, size)
-    return weight
-
-
-def resize(layer: Convolution, size: int) -> None:
-    """Tell `layer` that its kernel is of side `size` now; its weight is the caller's to set."""
-    lost = (layer.kernel_size[0] - size) // 2
-    if not isinstance(layer.padding, str):
-        layer.padding = tuple(each - lost for each in layer.padding)
-    layer._reversed_padding_repeated_twice = [each - lost for each in layer._reversed_padding_repeated_twice]
-    layer.kernel_size = tuple(size for _ in layer.kernel_size)

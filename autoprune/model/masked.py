@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from autoprune.model.compare import same_outputs
 from autoprune.model.coupling import Candidate, Group, Refused
-from autoprune.model.cut import cut, plan_cut, replace_module, side_widths
+from autoprune.model.cut import cut, plan_cut, side_widths
 from autoprune.model.written import with_numbers
+from autoprune.rebuilding import replace_module
 
 
 def sound_groups(

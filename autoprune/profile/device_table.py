@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
-from autoprune.core.pattern import parse_pattern
+from autoprune.core.pattern import parse_pattern, percent
 from autoprune.core.space import Space, UnitOptions
 from autoprune.core.unit import Form, Option, Unit
 from autoprune.errors import ConfigError, PolicyError, listed, near_miss
-from autoprune.files import SIZE_LIMIT, cause, open_file
+from autoprune.files import read_limited
 from autoprune.importers.reading import MOST_TOLD
 from autoprune.importers.tables import Level, UnitTimes, read_times
 from autoprune.model.fingerprint import of_text
@@ -55,13 +55,7 @@ class DeviceTable:
 def read_table(path: Path) -> DeviceTable:
     """The table in a file: CSV rows `unit,keep,ms` with a row `base,,ms`, or SPDY's timings. Raises ConfigError."""
     try:
-        with open_file(path) as file:
-            content = file.read(SIZE_LIMIT + 1)
-    except OSError as refused:
-        raise ConfigError(f"latency table: {path}: cannot be read: {cause(refused)}") from refused
-    except ValueError as refused:  # a null byte in the path
-        raise ConfigError(f"latency table: {path!s:.200}: is not a path") from refused
-    try:
+        content = read_limited(path, error=PolicyError)
         return DeviceTable(path.name, read_times(content, name=str(path)))
     except PolicyError as damaged:
         raise ConfigError(f"latency table: {damaged}") from damaged
@@ -156,7 +150,7 @@ class _Laying:
     def _sparse(self, whole: UnitOptions, levels: Mapping[Level, float]) -> UnitOptions:
         """Every sparsifier of single zeros at each of the table's sparsities, and dense weights as they are stored."""
         unit = whole.unit
-        patterns = {_percent(level): ms for level, ms in levels.items() if 0 < level < _MOST}
+        patterns = {percent(level): ms for level, ms in levels.items() if 0 < level < _MOST}
         dense = [choice for choice in self.spec.weights if choice.method == "dense"]
         sparse = [
             choice for choice in self.spec.weights if 32 in choice.inputs and any(map(_is_single, choice.patterns))
@@ -198,7 +192,3 @@ class _Laying:
 def _is_single(pattern: str) -> bool:
     """Whether zeros may be anywhere."""
     return bool(pattern) and parse_pattern(pattern).kind == "unstructured"
-
-
-def _percent(sparsity: float) -> str:
-    return f"{100 * sparsity:.6f}".rstrip("0").rstrip(".") + "%"

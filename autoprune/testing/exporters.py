@@ -38,7 +38,7 @@ def example_resolved(*units: str) -> Resolved:
     model = _network(len(kept))
     model.load_state_dict(_cut(dense, kept, decisions))
     return Resolved(
-        Policy(units=decisions, budget={"macs": "50%macs"}), "policy.yaml", "model.py:model", _units(decisions),
+        Policy(units=decisions, budget={"macs": "50%macs"}), "policy.yaml", _units(decisions),
         _layers(decisions), dense, model, torch.randn(1, 3, 5, 5, generator=generator), _surgery(decisions), (),
         _no_onnx,
     )  # fmt: skip
